@@ -1,0 +1,3 @@
+"""Generative models whose samples you can check."""
+
+__version__ = "0.1.0"

@@ -1,0 +1,188 @@
+"""Layers of a transformer: normalisation, positions, attention with a cache, gated MLP.
+
+Shapes: B rows, L queries, S keys, H query heads, K key/value heads (H a multiple of K), C channels
+of a head, D model width. Heads come before positions, the order in which decoding reads a cache.
+"""
+
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+from flax import linen as nn
+
+
+class KeyValues(NamedTuple):
+  """One layer's keys and values."""
+
+  keys: jax.Array  # [B, K, S, C]
+  values: jax.Array  # [B, K, S, C]
+
+
+def attention_mask(slots: jax.Array, num_slots: int, *, causal: bool, window: int | None):
+  """Which keys each query may attend to, by where they are stored.
+
+  Args:
+    slots: [B, L] index of each query among the keys; rows increase.
+    num_slots: S.
+    causal: no key after the query; otherwise any key up to the last query's.
+    window: the last `window` keys only, the query's own included (sliding window attention).
+
+  Returns:
+    [B, L, S] bool.
+  """
+  keys = jnp.arange(num_slots)[None, None, :]
+  last = slots if causal else slots[:, -1:]
+  mask = keys <= last[:, :, None]
+  mask = jnp.broadcast_to(mask, (*slots.shape, num_slots))
+  if window is not None:
+    mask &= keys > slots[:, :, None] - window
+    if not causal:
+      mask &= keys < slots[:, :, None] + window
+  return mask
+
+
+def attend(query: jax.Array, key_values: KeyValues, mask: jax.Array) -> jax.Array:
+  """Grouped-query attention, softmax(q k^T / sqrt(C)) v, with the softmax in float32.
+
+  Head h reads keys h // (H / K). A query that may attend to nothing gets 0, not NaN.
+
+  Args:
+    query: [B, H, L, C].
+    key_values: keys and values [B, K, S, C].
+    mask: [B, L, S] bool.
+
+  Returns:
+    [B, H, L, C].
+
+  Reference: Ainslie et al. 2023, arXiv 2305.13245.
+  """
+  keys, values = key_values
+  batch, num_heads, length, channels = query.shape
+  grouped = query.reshape(batch, keys.shape[1], -1, length, channels)
+  scores = jnp.einsum("bkglc,bksc->bkgls", grouped, keys, preferred_element_type=jnp.float32)
+  scores = jnp.where(mask[:, None, None], scores * channels**-0.5, -jnp.inf)
+  # A finite maximum leaves exp(-inf) = 0 where everything is masked.
+  largest = jnp.max(scores, axis=-1, keepdims=True, initial=jnp.finfo(jnp.float32).min)
+  weights = jnp.exp(scores - jax.lax.stop_gradient(largest))
+  total = jnp.sum(weights, axis=-1, keepdims=True)
+  mixed = jnp.einsum("bkgls,bksc->bkglc", weights.astype(values.dtype), values,
+                     preferred_element_type=jnp.float32)
+  mixed = mixed / jnp.where(total > 0, total, 1)
+  return mixed.astype(query.dtype).reshape(batch, num_heads, length, channels)
+
+
+def write(cache: KeyValues, new: KeyValues, slots: jax.Array) -> KeyValues:
+  """Stores row b's new entries [B, K, L, C] at slots[b, :]; a slot beyond the cache is dropped."""
+  rows = jnp.arange(slots.shape[0])[:, None]
+
+  def put(old, entries):
+    entries = jnp.swapaxes(entries, 1, 2).astype(old.dtype)
+    return old.at[rows, :, slots].set(entries, mode="drop", unique_indices=True)
+
+  return jax.tree.map(put, cache, new)
+
+
+def rotary_angles(positions: jax.Array, channels: int, base: float) -> jax.Array:
+  """Angles [B, L, C / 2] in radians: position * base^(-2 i / C), float32."""
+  frequencies = base ** (-jnp.arange(0, channels, 2, dtype=jnp.float32) / channels)
+  return positions[:, :, None].astype(jnp.float32) * frequencies[None, None, :]
+
+
+def rotate(x: jax.Array, angles: jax.Array) -> jax.Array:
+  """Rotary embedding of x [B, H, L, C]: channels i and i + C/2 are one plane, turned by its angle.
+
+  The inner product of a rotated query and key depends on positions by their difference only. The
+  paper pairs neighbouring channels; pairing halves is the same up to a permutation of channels, and
+  is what Llama-shaped checkpoints hold.
+
+  Reference: Su et al. 2021, arXiv 2104.09864, equation 34.
+  """
+  cos, sin = jnp.cos(angles)[:, None], jnp.sin(angles)[:, None]
+  first, second = jnp.split(x.astype(jnp.float32), 2, axis=-1)
+  turned = [first * cos - second * sin, second * cos + first * sin]
+  return jnp.concatenate(turned, axis=-1).astype(x.dtype)
+
+
+def randomised_positions(key: jax.Array, batch_size: int, length: int, span: int) -> jax.Array:
+  """[B, L] increasing positions, a uniform subset of range(span) for each row.
+
+  Training on them shows the model every position it will meet in longer sequences.
+
+  Reference: Ruoss et al. 2023, arXiv 2305.16843, section 3.
+  """
+  scores = jax.random.uniform(key, (batch_size, span))
+  _, chosen = jax.lax.top_k(scores, length)
+  return jnp.sort(chosen, axis=-1)
+
+
+class RMSNorm(nn.Module):
+  """x / sqrt(mean(x^2) + epsilon) * scale, in float32 (Zhang and Sennrich 2019, 1910.07467)."""
+
+  epsilon: float = 1e-6
+
+  @nn.compact
+  def __call__(self, x):
+    scale = self.param("scale", nn.initializers.ones, (x.shape[-1],))
+    wide = x.astype(jnp.float32)
+    mean_square = jnp.mean(jnp.square(wide), axis=-1, keepdims=True)
+    normed = wide * jax.lax.rsqrt(mean_square + self.epsilon)
+    return (normed * scale.reshape((1,) * (x.ndim - 1) + (-1,))).astype(x.dtype)
+
+
+class Attention(nn.Module):
+  """Self-attention of x [B, L, D], over a cache if there is one.
+
+  Without a cache the keys are x's own; with one, x's keys and values are written to `slots` and
+  the whole cache is attended to. Returns the output [B, L, D] and the cache as it is now.
+  """
+
+  num_heads: int
+  num_kv_heads: int
+  head_dim: int
+  use_bias: bool
+  qk_norm: bool
+  norm_epsilon: float
+  output_init: nn.initializers.Initializer
+  dtype: jnp.dtype
+
+  @nn.compact
+  def __call__(self, x, *, angles, slots, mask, cache: KeyValues | None):
+    def heads(name, num_heads, norm=None):
+      projected = nn.Dense(num_heads * self.head_dim, use_bias=self.use_bias, dtype=self.dtype,
+                           kernel_init=nn.initializers.normal(0.02), name=name)(x)
+      split = projected.reshape(*x.shape[:-1], num_heads, self.head_dim)
+      return jnp.swapaxes(split if norm is None else norm(split), 1, 2)
+
+    def norm(name):
+      return RMSNorm(self.norm_epsilon, name=name) if self.qk_norm else None
+
+    query = heads("query", self.num_heads, norm("query_norm"))
+    keys = heads("key", self.num_kv_heads, norm("key_norm"))
+    values = heads("value", self.num_kv_heads)
+    if angles is not None:
+      query, keys = rotate(query, angles), rotate(keys, angles)
+    own = KeyValues(keys, values)
+    cache = None if cache is None else write(cache, own, slots)
+    mixed = attend(query, own if cache is None else cache, mask)
+    merged = jnp.swapaxes(mixed, 1, 2).reshape(*x.shape[:-1], -1)
+    out = nn.Dense(x.shape[-1], use_bias=self.use_bias, dtype=self.dtype,
+                   kernel_init=self.output_init, name="output")(merged)
+    return out, cache
+
+
+class GatedMLP(nn.Module):
+  """down(silu(gate(x)) * up(x)), the SwiGLU of Shazeer 2020, arXiv 2002.05202, equation 6."""
+
+  width: int
+  use_bias: bool
+  output_init: nn.initializers.Initializer
+  dtype: jnp.dtype
+
+  @nn.compact
+  def __call__(self, x):
+    def dense(features, name, init=nn.initializers.normal(0.02)):
+      return nn.Dense(features, use_bias=self.use_bias, dtype=self.dtype, kernel_init=init,
+                      name=name)
+
+    gated = nn.silu(dense(self.width, "gate")(x)) * dense(self.width, "up")(x)
+    return dense(x.shape[-1], "down", self.output_init)(gated)

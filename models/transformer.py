@@ -1,0 +1,229 @@
+"""A decoder-only (or bidirectional) transformer as a LanguageModel."""
+
+import dataclasses
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+from flax import linen as nn
+
+from . import base, layers
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class TransformerConfig:
+  """Shape of a transformer; a field of None takes the value its comment says.
+
+  Raises:
+    ValueError: fields that do not fit together, at construction.
+  """
+
+  vocab_size: int
+  max_length: int  # the longest sequence; learned positions and randomised spacing depend on it
+  num_layers: int
+  width: int
+  num_heads: int
+  num_kv_heads: int | None = None  # num_heads
+  head_dim: int | None = None  # width / num_heads
+  mlp_width: int | None = None  # 8/3 of the width, rounded up to a multiple of 32
+  causal: bool = True
+  window: int | None = None  # no sliding window
+  positions: str = "rotary"  # or "learned", "none"
+  rotary_base: float = 10_000.0
+  position_range: int | None = None  # not randomised
+  use_bias: bool = False
+  qk_norm: bool = False
+  tied_embeddings: bool = True
+  logit_softcap: float | None = None  # no cap
+  norm_epsilon: float = 1e-6
+  dropout: float = 0.0
+  dtype: str = "float32"  # of the computation; params, softmax and logits are float32
+  scan_layers: bool = True  # init stacks the layers' params: compile time constant in depth
+
+  def __post_init__(self):
+    def default(name, value):
+      if getattr(self, name) is None:
+        object.__setattr__(self, name, value)
+
+    default("num_kv_heads", self.num_heads)
+    default("head_dim", self.width // self.num_heads)
+    default("mlp_width", -(-8 * self.width // 96) * 32)
+    checks = {
+      f"num_heads={self.num_heads} is not a multiple of num_kv_heads={self.num_kv_heads}":
+        self.num_heads % self.num_kv_heads == 0,
+      f"positions={self.positions!r} is not one of 'rotary', 'learned', 'none'":
+        self.positions in ("rotary", "learned", "none"),
+      f"head_dim={self.head_dim} is odd: rotary positions turn pairs of channels":
+        self.positions != "rotary" or self.head_dim % 2 == 0,
+      f"position_range={self.position_range} is less than max_length={self.max_length}":
+        self.position_range is None or self.position_range >= self.max_length,
+      "position_range is set, but positions='none' has no positions to randomise":
+        self.position_range is None or self.positions != "none",
+      f"window={self.window} is not at least 1": self.window is None or self.window >= 1,
+      f"dropout={self.dropout} is not in [0, 1)": 0 <= self.dropout < 1,
+    }
+    for message, holds in checks.items():
+      if not holds:
+        raise ValueError(f"TransformerConfig: {message}.")
+
+
+class Cache(NamedTuple):
+  """Keys and values of every layer, apart: one array of all layers decodes far slower on CPU."""
+
+  length: jax.Array  # [B] int32
+  layers: tuple[layers.KeyValues, ...]  # num_layers of [B, K, S, C]
+
+  @property
+  def capacity(self) -> int:
+    """S, the number of tokens a row can hold."""
+    return self.layers[0].keys.shape[2]
+
+
+class Block(nn.Module):
+  """x + attention(norm(x)), then x + mlp(norm(x)), with dropout on both branches."""
+
+  config: TransformerConfig
+
+  @nn.compact
+  def __call__(self, x, *, angles, slots, mask, cache, deterministic):
+    c = self.config
+    dtype = jnp.dtype(c.dtype)
+    output_init = nn.initializers.normal(0.02 / (2 * c.num_layers) ** 0.5)
+    dropout = nn.Dropout(c.dropout, deterministic=deterministic)
+    attention = layers.Attention(
+      c.num_heads, c.num_kv_heads, c.head_dim, c.use_bias, c.qk_norm, c.norm_epsilon, output_init,
+      dtype, name="attention")
+    mixed, cache = attention(layers.RMSNorm(c.norm_epsilon, name="attention_norm")(x),
+                             angles=angles, slots=slots, mask=mask, cache=cache)
+    x = x + dropout(mixed)
+    mlp = layers.GatedMLP(c.mlp_width, c.use_bias, output_init, dtype, name="mlp")
+    return x + dropout(mlp(layers.RMSNorm(c.norm_epsilon, name="mlp_norm")(x))), cache
+
+
+def stack(params: base.Params) -> base.Params:
+  """The layout for training: the layers' params in one tree of arrays [N, ...], run by a scan."""
+  if isinstance(params["layers"], dict):
+    return params
+  return {**params, "layers": jax.tree.map(lambda *leaves: jnp.stack(leaves), *params["layers"])}
+
+
+def unstack(params: base.Params) -> base.Params:
+  """The layout for decoding: a tuple of the layers' params.
+
+  A decoding step that slices its layers out of one array copies every weight, every step (on CPU
+  half the speed at batch 1), so unstack once, before the loop.
+  """
+  stacked = params["layers"]
+  if not isinstance(stacked, dict):
+    return params
+  num_layers = jax.tree.leaves(stacked)[0].shape[0]
+  return {**params, "layers": tuple(jax.tree.map(lambda leaf, i=i: leaf[i], stacked)
+                                    for i in range(num_layers))}
+
+
+def transformer(config: TransformerConfig) -> base.LanguageModel:
+  """The language model of `config`; its params may be stacked or unstacked.
+
+  Pre-norm blocks of grouped-query attention and a gated MLP, after Llama (Touvron et al. 2023,
+  arXiv 2302.13971).
+  """
+  c = config
+  dtype = jnp.dtype(c.dtype)
+  block = Block(c)
+  final_norm = layers.RMSNorm(c.norm_epsilon)
+  normal = nn.initializers.normal(0.02)
+
+  def init(key, tokens):
+    embed_key, layers_key, positions_key, readout_key = jax.random.split(key, 4)
+    params = {"embedding": normal(embed_key, (c.vocab_size, c.width)),
+              "final_norm": {"scale": jnp.ones(c.width)}}
+    if c.positions == "learned":
+      params["positions"] = normal(positions_key, (c.position_range or c.max_length, c.width))
+    if not c.tied_embeddings:
+      params["readout"] = normal(readout_key, (c.width, c.vocab_size))
+    x = jnp.zeros((*tokens.shape, c.width), dtype)
+    context = layer_context(_slots(None, x), tokens.shape[1])
+    init_layer = lambda key: block.init(key, x, cache=None, deterministic=True, **context)["params"]
+    params["layers"] = jax.vmap(init_layer)(jax.random.split(layers_key, c.num_layers))
+    return params if c.scan_layers else unstack(params)
+
+  def init_cache(params, batch_size, max_length):
+    del params
+    shape = (batch_size, c.num_kv_heads, max_length, c.head_dim)
+    empty = lambda: layers.KeyValues(jnp.zeros(shape, dtype), jnp.zeros(shape, dtype))
+    return Cache(jnp.zeros(batch_size, jnp.int32), tuple(empty() for _ in range(c.num_layers)))
+
+  def embed(params, tokens):
+    return params["embedding"][tokens].astype(dtype)
+
+  def layer_context(slots, num_slots, positions=None, mask=None):
+    """What every layer needs to know of positions: rotary angles, slots, and the full mask."""
+    angles = None
+    if c.positions == "rotary":
+      positions = slots if positions is None else positions
+      angles = layers.rotary_angles(positions, c.head_dim, c.rotary_base)
+    own = layers.attention_mask(slots, num_slots, causal=c.causal, window=c.window)
+    return {"angles": angles, "slots": slots, "mask": own if mask is None else own & mask}
+
+  def trunk(params, x, cache=None, *, positions=None, mask=None, key=None):
+    slots = _slots(cache, x)
+    embed_key, position_key, layers_key = (None,) * 3 if key is None else jax.random.split(key, 3)
+    if positions is None:
+      positions = _default_positions(c, slots, position_key)
+    if c.positions == "learned":
+      x = x + params["positions"][positions].astype(dtype)
+    x = nn.Dropout(c.dropout, deterministic=key is None).apply(
+      {}, x, rngs={} if key is None else {"dropout": embed_key})
+    num_slots = x.shape[1] if cache is None else cache.capacity
+    context = layer_context(slots, num_slots, positions, mask)
+
+    def run_block(x, layer, layer_cache, layer_key):
+      rngs = {} if key is None else {"dropout": layer_key}
+      return block.apply({"params": layer}, x, cache=layer_cache, deterministic=key is None,
+                         rngs=rngs, **context)
+
+    x, cache = _run_layers(run_block, c.num_layers, params["layers"], x, cache, layers_key)
+    return final_norm.apply({"params": params["final_norm"]}, x), cache
+
+  def readout(params, hidden):
+    kernel = params["embedding"].T if c.tied_embeddings else params["readout"]
+    logits = jnp.matmul(hidden, kernel.astype(dtype), preferred_element_type=jnp.float32)
+    cap = c.logit_softcap
+    return logits if cap is None else cap * jnp.tanh(logits / cap)
+
+  return base.LanguageModel(init, init_cache, embed, trunk, readout)
+
+
+def _slots(cache, x):
+  """[B, L]: where the entries of x [B, L, D] go, after what the cache holds."""
+  batch_size, length = x.shape[:2]
+  held = jnp.zeros(batch_size, jnp.int32) if cache is None else cache.length
+  return held[:, None] + jnp.arange(length, dtype=jnp.int32)[None, :]
+
+
+def _default_positions(config, slots, key):
+  """Counted, or randomised while training and then spread evenly over the same range."""
+  if config.position_range is None:
+    return slots
+  if key is None:
+    return slots * (config.position_range // config.max_length)
+  return layers.randomised_positions(key, *slots.shape, config.position_range)
+
+
+def _run_layers(run_block, num_layers, params, x, cache, key):
+  """Applies the layers in order: a scan where their params are stacked and there is no cache."""
+  keys = None if key is None else jax.random.split(key, num_layers)
+  if cache is None and isinstance(params, dict):
+    def body(x, layer):
+      params, layer_key = layer
+      return run_block(x, params, None, layer_key)[0], None
+    return jax.lax.scan(body, x, (params, keys))[0], None
+  params = unstack({"layers": params})["layers"]
+  caches = []
+  for i, layer in enumerate(params):
+    held = None if cache is None else cache.layers[i]
+    x, held = run_block(x, layer, held, None if keys is None else keys[i])
+    caches.append(held)
+  if cache is None:
+    return x, None
+  return x, Cache(cache.length + x.shape[1], tuple(caches))

@@ -1,0 +1,194 @@
+"""Autoregressive decoding of batches of ragged prompts.
+
+The jit boundary: build the algorithm inside jit, with params an argument, so that weights are not
+baked into the program and one compilation serves every update and every prompt of the same bucket:
+
+    @jax.jit
+    def sample(params, settings, keys, prompts):
+      transform = logits.chain(logits.temperature(settings["temperature"]))
+      return decode.generate(model, params, keys, prompts, max_new_tokens=64, transform=transform)
+"""
+
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from ..models import base as models
+from . import base
+from . import logits as logits_lib
+
+
+class Prompts(NamedTuple):
+  """B prompts, padded on the right to the longest."""
+
+  tokens: jax.Array  # [B, P] int32
+  length: jax.Array  # [B] int32, from 1 to P
+
+
+class DecodeState(NamedTuple):
+  """Where decoding stands. The cache holds every token of a row but the last."""
+
+  step: jax.Array  # [B] int32, tokens drawn
+  tokens: jax.Array  # [B, S] int32: the prompt, the tokens drawn, then zeros
+  length: jax.Array  # [B] int32, prompt and drawn tokens
+  done: jax.Array  # [B] bool; such a row is frozen
+  cache: models.Cache
+  transform: logits_lib.State
+
+  @property
+  def prompt_length(self) -> jax.Array:
+    """[B] int32."""
+    return self.length - self.step
+
+
+class DecodeInfo(NamedTuple):
+  """What a step did. A frozen row's entries are 0."""
+
+  token: jax.Array  # [B] int32
+  log_prob: jax.Array  # [B], of the law that the token was drawn from; 0 under greedy
+  model_log_prob: jax.Array  # [B], of the model's own law
+
+
+class Samples(NamedTuple):
+  """Sequences and the log-probabilities of their drawn tokens, N = max_new_tokens."""
+
+  tokens: jax.Array  # [B, P + N] int32: the prompt, the tokens drawn, then zeros
+  length: jax.Array  # [B] int32, a stop token that was drawn included
+  prompt_length: jax.Array  # [B] int32
+  log_prob: jax.Array  # [B, N] of the n-th drawn token, under the law it was drawn from
+  model_log_prob: jax.Array  # [B, N], under the model's own law
+
+
+def pad_prompts(prompts: Sequence[Sequence[int]], *, vocab_size: int, max_length: int,
+                max_new_tokens: int = 0) -> Prompts:
+  """Checks prompts on the host and pads them to a bucket: a power of two, or all the room there is.
+
+  Prompts of one bucket compile once.
+
+  Args:
+    prompts: B token sequences.
+    vocab_size: V; tokens are in range(V).
+    max_length: the longest sequence that the model or its cache takes.
+    max_new_tokens: room left for drawn tokens.
+
+  Raises:
+    ValueError: no prompt, an empty or too long one, or a token outside the vocabulary.
+  """
+  if not prompts:
+    raise ValueError("There are no prompts: give at least one.")
+  room = max_length - max_new_tokens
+  for row, prompt in enumerate(prompts):
+    if not 1 <= len(prompt) <= room:
+      raise ValueError(
+        f"Prompt {row} has {len(prompt)} tokens; it must have 1 to {room}: a sequence of at most "
+        f"{max_length}, of which {max_new_tokens} are kept for new tokens.")
+    outside = [token for token in prompt if not 0 <= token < vocab_size]
+    if outside:
+      raise ValueError(f"Prompt {row} has token {outside[0]}, outside the vocabulary of "
+                       f"{vocab_size} (0 to {vocab_size - 1}): is it another model's tokenizer?")
+  lengths = np.array([len(prompt) for prompt in prompts], np.int32)
+  bucket = min(1 << int(lengths.max() - 1).bit_length(), room)
+  tokens = np.zeros((len(prompts), bucket), np.int32)
+  for row, prompt in enumerate(prompts):
+    tokens[row, :len(prompt)] = prompt
+  return Prompts(jnp.asarray(tokens), jnp.asarray(lengths))
+
+
+def prefill(model: models.LanguageModel, params: models.Params, prompts: Prompts,
+            max_length: int) -> models.Cache:
+  """A cache for `max_length` tokens that holds each prompt but its last token.
+
+  The last token is left to the first step, so that every step is one call of the model and one
+  draw. Rows shorter than P are written with padding, and rewound.
+  """
+  batch_size, width = prompts.tokens.shape
+  if width > max_length:
+    raise ValueError(f"The prompts are {width} tokens wide, the cache holds {max_length}: raise "
+                     "max_length or shorten the prompts.")
+  cache = model.init_cache(params, batch_size, max_length)
+  if width > 1:
+    _, cache = models.apply(model, params, prompts.tokens[:, :-1], cache)
+  return cache._replace(length=prompts.length - 1)
+
+
+def autoregressive(
+    model: models.LanguageModel, params: models.Params, *, max_length: int,
+    max_new_tokens: int | jax.Array, transform: logits_lib.LogitsTransform | None = None,
+    stop: Sequence[int] = ()) -> base.SamplingAlgorithm:
+  """Draws x_t ~ transform(p(. | x_<t)), one token a step, from Prompts.
+
+  A row is done when it draws a token of `stop`, has drawn `max_new_tokens`, or is full; it is then
+  frozen, and its Info is 0.
+
+  Args:
+    model: the model.
+    params: its parameters; a transformer's decode fastest unstacked (`transformer.unstack`).
+    max_length: S, static.
+    max_new_tokens: scalar or [B].
+    transform: of the logits; None leaves the model's law.
+    stop: tokens that end a row, kept as its last.
+  """
+  transform = logits_lib.chain() if transform is None else transform
+  stop = jnp.array(stop, jnp.int32)
+
+  def is_full(length, step):
+    return (length >= max_length) | (step >= max_new_tokens)
+
+  def init(keys, prompts):
+    del keys
+    batch_size, width = prompts.tokens.shape
+    cache = prefill(model, params, prompts, max_length)
+    in_prompt = jnp.arange(width)[None, :] < prompts.length[:, None]
+    tokens = jnp.pad(jnp.where(in_prompt, prompts.tokens, 0), ((0, 0), (0, max_length - width)))
+    step = jnp.zeros(batch_size, jnp.int32)
+    return DecodeState(step, tokens, prompts.length, is_full(prompts.length, step), cache,
+                       transform.init(batch_size))
+
+  def step(keys, state):
+    last = jnp.take_along_axis(state.tokens, state.length[:, None] - 1, axis=1)
+    hidden, cache = models.apply(model, params, last, state.cache)
+    model_logits = model.readout(params, hidden[:, 0])
+    context = logits_lib.Context(state.tokens, state.length, state.prompt_length)
+    logits = transform.apply(model_logits, context, state.transform)
+    token = logits_lib.draw(keys, logits)
+    fed_back = transform.update(model_logits, token, state.transform)
+
+    active = ~state.done
+    count = active.astype(jnp.int32)
+    length, steps = state.length + count, state.step + count
+    rows = jnp.arange(token.size)
+    slot = jnp.where(active, state.length, max_length)  # max_length is out of bounds: dropped
+    stopped = jnp.any(token[:, None] == stop[None, :], axis=1)
+    info = DecodeInfo(token, logits_lib.log_prob(logits, token),
+                      logits_lib.log_prob(model_logits, token))
+    state = DecodeState(
+      step=steps,
+      tokens=state.tokens.at[rows, slot].set(token, mode="drop"),
+      length=length,
+      done=state.done | stopped | is_full(length, steps),
+      cache=cache._replace(length=length - 1),
+      transform=base.select_rows(active, fed_back, state.transform))
+    return state, jax.tree.map(lambda leaf: jnp.where(active, leaf, 0), info)
+
+  return base.SamplingAlgorithm(init, step)
+
+
+def generate(model: models.LanguageModel, params: models.Params, keys: base.Keys, prompts: Prompts,
+             *, max_new_tokens: int, transform: logits_lib.LogitsTransform | None = None,
+             stop: Sequence[int] = ()) -> Samples:
+  """Continues each prompt until a stop token or `max_new_tokens`; see `autoregressive`.
+
+  The law of row b's new tokens is prod_t transform(p(x_t | x_<t)) exactly, and depends on its
+  prompt and keys[b] alone. Call it inside jit; it stops stepping when every row is done.
+  """
+  algorithm = base.recorded(
+    autoregressive(model, params, max_length=prompts.tokens.shape[1] + max_new_tokens,
+                   max_new_tokens=max_new_tokens, transform=transform, stop=stop),
+    observe=lambda state, info: (info.log_prob, info.model_log_prob), capacity=max_new_tokens)
+  state = base.start(keys, algorithm, prompts)
+  final, (log_prob, model_log_prob) = base.run_until(
+    keys, algorithm, state, lambda recorded: recorded.state.done, max_new_tokens)
+  return Samples(final.tokens, final.length, final.prompt_length, log_prob, model_log_prob)

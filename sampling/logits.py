@@ -1,0 +1,186 @@
+"""Transforms of next-token logits, and the draw from what is left.
+
+Everything is float32, and a filtered token is -inf. Parameters are scalars or [B], so one compiled
+function serves requests with different settings.
+"""
+
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+
+State = Any
+
+
+class Context(NamedTuple):
+  """What a transform may look at: the rows' buffers as decoding holds them."""
+
+  tokens: jax.Array  # [B, S]; what lies beyond `length` is padding
+  length: jax.Array  # [B]
+  prompt_length: jax.Array  # [B]
+
+
+class LogitsTransform(NamedTuple):
+  """A change of the law that the next token is drawn from.
+
+  Attributes:
+    init: (batch_size) -> State, leaves [B, ...]; () where nothing is fed back.
+    apply: (logits [B, V], context, state) -> logits [B, V], -inf where filtered.
+    update: (model_logits [B, V], token [B], state) -> State; the model's own logits, before any
+      transform, and the token drawn.
+  """
+
+  init: Callable[[int], State]
+  apply: Callable[[jax.Array, Context, State], jax.Array]
+  update: Callable[[jax.Array, jax.Array, State], State]
+
+
+def stateless(apply: Callable[[jax.Array], jax.Array]) -> LogitsTransform:
+  """A transform that looks at the logits alone."""
+  return LogitsTransform(
+    init=lambda batch_size: (),
+    apply=lambda logits, context, state: apply(logits),
+    update=lambda model_logits, token, state: state)
+
+
+def chain(*transforms: LogitsTransform) -> LogitsTransform:
+  """The transforms in the order given, which matters: libraries disagree about it.
+
+  The state is () if no transform feeds back. `chain()` leaves the model's law as it is.
+  """
+
+  def init(batch_size):
+    states = tuple(transform.init(batch_size) for transform in transforms)
+    return states if any(jax.tree.leaves(state) for state in states) else ()
+
+  def each(states):
+    return zip(transforms, states or ((),) * len(transforms), strict=True)
+
+  def apply(logits, context, states):
+    for transform, state in each(states):
+      logits = transform.apply(logits, context, state)
+    return logits
+
+  def update(model_logits, token, states):
+    if not states:
+      return ()
+    return tuple(transform.update(model_logits, token, state) for transform, state in each(states))
+
+  return LogitsTransform(init, apply, update)
+
+
+def _per_row(value) -> jax.Array:
+  """A scalar or [B] parameter as [1, 1] or [B, 1], to go with logits [B, V]."""
+  return jnp.asarray(value).reshape(-1, 1)
+
+
+def _argmax_only(logits):
+  vocabulary = jnp.arange(logits.shape[-1])[None, :]
+  return jnp.where(vocabulary == jnp.argmax(logits, axis=-1, keepdims=True), logits, -jnp.inf)
+
+
+def greedy() -> LogitsTransform:
+  """All mass on the most likely token; of equals, the one of lowest index."""
+  return stateless(_argmax_only)
+
+
+def temperature(value: float | jax.Array) -> LogitsTransform:
+  """p(v)^(1/T) / Z, with its limit T = 0, which is `greedy`.
+
+  Args:
+    value: T >= 0, scalar or [B].
+  """
+
+  def apply(logits):
+    t = _per_row(value).astype(logits.dtype)
+    return jnp.where(t > 0, logits / jnp.where(t > 0, t, 1), _argmax_only(logits))
+
+  return stateless(apply)
+
+
+def top_k(k: int | jax.Array) -> LogitsTransform:
+  """Keeps the tokens at least as likely as the k-th most likely one.
+
+  Ties with the k-th are all kept (as transformers and vLLM do), so more than k may be left. A k of
+  V or more keeps everything.
+
+  Args:
+    k: at least 1, scalar or [B].
+  """
+
+  def apply(logits):
+    least = jnp.minimum(_per_row(k), logits.shape[-1])
+    return _keep_largest(logits, lambda kept: jnp.sum(kept, axis=-1, keepdims=True) >= least)
+
+  return stateless(apply)
+
+
+def top_p(p: float | jax.Array) -> LogitsTransform:
+  """Nucleus sampling: keeps the fewest most likely tokens whose probability reaches p.
+
+  The token that crosses p is kept, so at least one always is; equally likely tokens stand or fall
+  together.
+
+  Args:
+    p: in (0, 1], scalar or [B].
+
+  Reference: Holtzman et al. 2019, arXiv 1904.09751, equations 2 and 3.
+  """
+
+  def apply(logits):
+    probabilities = jax.nn.softmax(logits, axis=-1)
+    least = jnp.maximum(_per_row(p).astype(logits.dtype), jnp.finfo(logits.dtype).tiny)
+
+    def reaches(kept):
+      return jnp.sum(jnp.where(kept, probabilities, 0), axis=-1, keepdims=True) >= least
+
+    return jnp.where(_per_row(p) >= 1, logits, _keep_largest(logits, reaches))
+
+  return stateless(apply)
+
+
+def _keep_largest(logits: jax.Array, enough: Callable[[jax.Array], jax.Array]) -> jax.Array:
+  """Keeps {v : logits[v] >= c} for the largest c whose set is `enough`, without a sort.
+
+  Bisection over the bit patterns of float32, which in the right order are the order of the floats:
+  32 reads of the logits find c exactly. `enough` takes [B, V] bool to [B, 1] bool, is monotone in
+  the set, and holds for the whole vocabulary.
+  """
+  bits = jax.lax.bitcast_convert_type(logits.astype(jnp.float32), jnp.uint32)
+  sign = jnp.uint32(1 << 31)
+  ordered = jnp.where(bits >= sign, ~bits, bits | sign)
+
+  def set_bit(i, threshold):
+    candidate = threshold | (sign >> i.astype(jnp.uint32))
+    return jnp.where(enough(ordered >= candidate), candidate, threshold)
+
+  threshold = jax.lax.fori_loop(0, 32, set_bit, jnp.zeros((logits.shape[0], 1), jnp.uint32))
+  return jnp.where(ordered >= threshold, logits, -jnp.inf)
+
+
+def draw(keys: jax.Array, logits: jax.Array) -> jax.Array:
+  """One token [B] per row of logits [B, V], with probability softmax(logits); keys [B].
+
+  The vocabulary is cut into about sqrt(V) blocks; a block is drawn by its total probability, then
+  a token within it, both by the Gumbel maximum with full-precision tails. That takes about
+  2 sqrt(V) random numbers instead of V (at B = 16, V = 32,000 on CPU: 0.6 ms instead of 22), and
+  the law is the same. JAX's default Gumbel draw truncates the tail: 2,000 tokens of p = 3e-8 come
+  up with 6.7e-6, not 6.0e-5.
+  """
+
+  def draw_row(key, row):
+    block_key, token_key = jax.random.split(key)
+    width = 1 << (max(row.size - 1, 1).bit_length() + 1) // 2
+    blocks = jnp.pad(row, (0, -row.size % width), constant_values=-jnp.inf).reshape(-1, width)
+    totals = jax.nn.logsumexp(blocks, axis=-1)
+    block = jax.random.categorical(block_key, totals, mode="high")
+    return block * width + jax.random.categorical(token_key, blocks[block], mode="high")
+
+  return jax.vmap(draw_row)(keys, logits.astype(jnp.float32)).astype(jnp.int32)
+
+
+def log_prob(logits: jax.Array, token: jax.Array) -> jax.Array:
+  """log softmax(logits)[token], [B]."""
+  return (jnp.take_along_axis(logits, token[:, None], axis=-1)[:, 0]
+          - jax.nn.logsumexp(logits, axis=-1))
