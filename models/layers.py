@@ -149,7 +149,7 @@ class Attention(nn.Module):
   def __call__(self, x, *, angles, slots, mask, cache: KeyValues | None):
     def heads(name, num_heads, norm=None):
       projected = nn.Dense(num_heads * self.head_dim, use_bias=self.use_bias, dtype=self.dtype,
-                           kernel_init=nn.initializers.normal(0.02), name=name)(x)
+                           kernel_init=nn.initializers.lecun_normal(), name=name)(x)
       split = projected.reshape(*x.shape[:-1], num_heads, self.head_dim)
       return jnp.swapaxes(split if norm is None else norm(split), 1, 2)
 
@@ -180,7 +180,7 @@ class GatedMLP(nn.Module):
 
   @nn.compact
   def __call__(self, x):
-    def dense(features, name, init=nn.initializers.normal(0.02)):
+    def dense(features, name, init=nn.initializers.lecun_normal()):
       return nn.Dense(features, use_bias=self.use_bias, dtype=self.dtype, kernel_init=init,
                       name=name)
 

@@ -88,7 +88,7 @@ class Block(nn.Module):
   def __call__(self, x, *, angles, slots, mask, cache, deterministic):
     c = self.config
     dtype = jnp.dtype(c.dtype)
-    output_init = nn.initializers.normal(0.02 / (2 * c.num_layers) ** 0.5)
+    output_init = nn.initializers.variance_scaling(1 / (2 * c.num_layers), "fan_in", "normal")
     dropout = nn.Dropout(c.dropout, deterministic=deterministic)
     attention = layers.Attention(
       c.num_heads, c.num_kv_heads, c.head_dim, c.use_bias, c.qk_norm, c.norm_epsilon, output_init,
@@ -131,7 +131,7 @@ def transformer(config: TransformerConfig) -> base.LanguageModel:
   dtype = jnp.dtype(c.dtype)
   block = Block(c)
   final_norm = layers.RMSNorm(c.norm_epsilon)
-  normal = nn.initializers.normal(0.02)
+  normal = nn.initializers.normal(c.width ** -0.5)
 
   def init(key, tokens):
     embed_key, layers_key, positions_key, readout_key = jax.random.split(key, 4)

@@ -147,7 +147,8 @@ def _keep_largest(logits: jax.Array, enough: Callable[[jax.Array], jax.Array]) -
   32 reads of the logits find c exactly. `enough` takes [B, V] bool to [B, 1] bool, is monotone in
   the set, and holds for the whole vocabulary.
   """
-  bits = jax.lax.bitcast_convert_type(logits.astype(jnp.float32), jnp.uint32)
+  logits = jnp.where(logits == 0, 0, logits.astype(jnp.float32))  # -0.0 ties with 0.0
+  bits = jax.lax.bitcast_convert_type(logits, jnp.uint32)
   sign = jnp.uint32(1 << 31)
   ordered = jnp.where(bits >= sign, ~bits, bits | sign)
 

@@ -4,6 +4,7 @@ import re
 
 import numpy as np
 import pytest
+
 from ancestral.tasks import arithmetic, base
 
 OPERATORS = {"addition": operator.add, "subtraction": operator.sub, "multiplication": operator.mul}

@@ -4,6 +4,7 @@ import re
 
 import numpy as np
 import pytest
+
 from ancestral.tasks import base, expressions, notation
 
 INTEGERS = expressions.Limits(max_operand=9, max_value=500, max_denominator=1)

@@ -2,6 +2,7 @@ import fractions
 import re
 
 import pytest
+
 from ancestral.tasks import base, expressions, notation
 
 

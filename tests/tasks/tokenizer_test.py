@@ -1,6 +1,7 @@
 import sys
 
 import pytest
+
 from ancestral.tasks import tokenizer
 
 

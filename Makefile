@@ -1,0 +1,48 @@
+# Every target sets up what it needs: a virtual environment in .venv, installed once per change of
+# setup.py or pyproject.toml.
+#
+#   make quickstart   train, sample, verify and report on the CPU: about three minutes
+#   make test         the tests
+#   make test-peers   parity with other libraries (installs torch and transformers)
+#   make lint         ruff
+#   make benchmark    decoding speed against transformers
+
+PYTHON ?= python3
+VENV ?= .venv
+BIN := $(VENV)/bin
+WORKDIR ?= runs/quickstart
+PYTEST_FLAGS ?= -q -n 2
+
+export JAX_PLATFORMS ?= cpu
+
+.PHONY: quickstart test test-peers lint benchmark clean
+
+quickstart: $(VENV)/installed
+	$(BIN)/python -m ancestral.launch.quickstart --workdir=$(WORKDIR)
+
+test: $(VENV)/installed
+	$(BIN)/ruff check .
+	$(BIN)/python -m pytest $(PYTEST_FLAGS) -m "not peers and not slow"
+
+test-peers: $(VENV)/installed-peers
+	$(BIN)/python -m pytest $(PYTEST_FLAGS) -m peers
+
+lint: $(VENV)/installed
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+
+benchmark: $(VENV)/installed-peers
+	$(BIN)/python -m ancestral.benchmarks.decode_hf
+
+$(VENV)/installed: setup.py pyproject.toml
+	$(PYTHON) -c 'import sys; sys.exit("Python 3.11 or newer is needed; set PYTHON=..." if sys.version_info < (3, 11) else 0)'
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --quiet --editable '.[test]'
+	touch $@
+
+$(VENV)/installed-peers: $(VENV)/installed
+	$(BIN)/python -m pip install --quiet --editable '.[test,peers]'
+	touch $@
+
+clean:
+	rm -rf $(VENV) build dist *.egg-info

@@ -1,0 +1,101 @@
+"""Answers that a model gives to problems, their verdicts, and how often they are right."""
+
+from collections.abc import Callable, Sequence
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from ..sampling import base as sampling
+from ..sampling import decode
+from ..tasks import base as tasks
+from ..tasks import tokenizer as tokenizers
+from . import coverage
+
+# (keys [B], prompts) -> Samples, jitted, with its parameters bound; B is the same at every call.
+Sample = Callable[[sampling.Keys, decode.Prompts], decode.Samples]
+
+
+class Attempt(NamedTuple):
+  """A problem, what was answered, and what the verifier said of each answer."""
+
+  problem: tasks.Problem
+  responses: tuple[str, ...]
+  verdicts: tuple[tasks.Verification, ...]
+
+  @property
+  def num_correct(self) -> int:
+    """Right answers."""
+    return sum(verdict.correct for verdict in self.verdicts)
+
+  @property
+  def majority_correct(self) -> bool:
+    """Whether the most frequent answer (of equals, the first) is right."""
+    return self.verdicts[self.responses.index(coverage.majority_vote(self.responses))].correct
+
+
+class Response(NamedTuple):
+  """A continuation of a prompt."""
+
+  text: str
+  ended: bool  # by the end-of-sequence token, and not by running out of tokens
+  log_prob: float  # of its tokens, under the law they were drawn from
+
+
+def respond(sample: Sample, tokenizer: tokenizers.Tokenizer, texts: Sequence[str], key: jax.Array, *,
+            num_samples: int, batch_size: int, max_length: int,
+            max_new_tokens: int) -> list[list[Response]]:
+  """`num_samples` continuations of each text, drawn in batches of one shape.
+
+  Sample j of text i is request i * num_samples + j of the run `key`, so it does not depend on the
+  batch size, nor on the other texts unless they change its bucket of padding.
+  """
+  encoded = [[tokenizer.bos, *tokenizer.encode(text)] for text in texts]
+  prompts = decode.pad_prompts(encoded, vocab_size=tokenizer.vocab_size, max_length=max_length,
+                               max_new_tokens=max_new_tokens)
+  requests = np.arange(len(texts) * num_samples)
+  responses = []
+  for first in range(0, len(requests), batch_size):
+    # The last batch is filled up with its own last request.
+    batch = np.minimum(np.arange(first, first + batch_size), requests[-1])
+    keys = sampling.row_keys(key, jnp.asarray(batch))
+    rows = jax.tree.map(lambda leaf, batch=batch: leaf[batch // num_samples], prompts)
+    samples = jax.device_get(sample(keys, rows))
+    responses += [_response(tokenizer, samples, row) for row in range(batch_size)]
+  return [responses[i * num_samples:(i + 1) * num_samples] for i in range(len(texts))]
+
+
+def _response(tokenizer, samples, row) -> Response:
+  drawn = samples.tokens[row, samples.prompt_length[row]:samples.length[row]].tolist()
+  ended = bool(drawn) and drawn[-1] == tokenizer.eos
+  return Response(tokenizer.decode(drawn), ended, float(samples.log_prob[row].sum()))
+
+
+def attempt(sample: Sample, task: tasks.Task, problems: Sequence[tasks.Problem], key: jax.Array, *,
+            max_new_tokens: int, **kwargs) -> list[Attempt]:
+  """Lets the model answer each problem and verifies every answer; see `respond`.
+
+  An answer that has not ended is wrong, however right it looks so far.
+  """
+  responses = respond(sample, task.tokenizer, [problem.prompt for problem in problems], key,
+                      max_new_tokens=max_new_tokens, **kwargs)
+  unended = tasks.Verification(False, f"format: did not end within {max_new_tokens} tokens")
+  return [
+    Attempt(problem, tuple(response.text for response in row),
+            tuple(task.verify(problem, response.text) if response.ended else unended
+                  for response in row))
+    for problem, row in zip(problems, responses, strict=True)]
+
+
+def summarise(attempts: Sequence[Attempt]) -> dict[str, tuple[coverage.Row, ...]]:
+  """pass@1, majority@n and pass@n by level, for n answers to each problem."""
+  n = len(attempts[0].responses)
+  levels = [attempt.problem.metadata["level"] for attempt in attempts]
+  correct = np.array([attempt.num_correct for attempt in attempts])
+  columns = {
+    "pass@1": coverage.pass_at_k(n, correct, 1),
+    f"majority@{n}": [attempt.majority_correct for attempt in attempts],
+    f"pass@{n}": coverage.pass_at_k(n, correct, n),
+  }
+  return {name: coverage.by_level(levels, values) for name, values in columns.items()}

@@ -1,0 +1,96 @@
+"""One self-contained HTML page about a run: curves, the table, and answers with their verdicts."""
+
+import base64
+import html
+import io
+import pathlib
+from collections.abc import Sequence
+from typing import Any
+
+from ..training import metrics
+
+_STYLE = """
+body { font: 16px/1.5 system-ui, sans-serif; max-width: 60rem; margin: 2rem auto; padding: 0 1rem; }
+table { border-collapse: collapse; margin: 1rem 0; }
+th, td { padding: .25rem .75rem; text-align: left; border-bottom: 1px solid #ddd; }
+code { font: 14px ui-monospace, monospace; white-space: pre-wrap; }
+img { max-width: 100%; }
+.right { color: #176b2c; } .wrong { color: #a3231f; }
+"""
+
+
+def figure(plot: Any) -> str:
+  """A matplotlib figure as an <img> that holds its own data."""
+  buffer = io.BytesIO()
+  plot.savefig(buffer, format="png", dpi=120, bbox_inches="tight")
+  data = base64.b64encode(buffer.getvalue()).decode()
+  return f'<img alt="curves" src="data:image/png;base64,{data}">'
+
+
+def curves(workdir: str | pathlib.Path) -> Any:
+  """Loss and accuracy by step, from the run's metrics.jsonl, as a matplotlib figure."""
+  from matplotlib import figure as figures  # an extra; no global state, so no pyplot
+
+  records = metrics.read_jsonl(pathlib.Path(workdir) / "metrics.jsonl")
+  made = figures.Figure(figsize=(10, 3.5))
+  loss, right = made.subplots(1, 2)
+  for axes, names, title in [
+      (loss, ["loss"], "Training loss (nats per token)"),
+      (right, _names(records, "pass@1"), "Right answers to held-out problems")]:
+    for name in names:
+      points = [(record["step"], record[name]) for record in records if name in record]
+      axes.plot(*zip(*points, strict=True), label=name.replace("pass@1/level_", "level "),
+                marker="" if name == "loss" else ".")
+    axes.set_title(title)
+    axes.set_xlabel("step")
+    axes.grid(alpha=0.3)
+  right.set_ylim(-0.02, 1.02)
+  right.legend()
+  return made
+
+
+def _names(records: Sequence[dict], prefix: str) -> list[str]:
+  return sorted({name for record in records for name in record if name.startswith(prefix)})
+
+
+def _table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+  """Cells are HTML."""
+  line = lambda tag, cells: "<tr>" + "".join(f"<{tag}>{cell}</{tag}>" for cell in cells) + "</tr>"
+  return "<table>" + line("th", header) + "".join(line("td", row) for row in rows) + "</table>"
+
+
+def scores(table: dict[str, list[dict[str, float]]]) -> str:
+  """The table of an evaluation record: a row a level, 95% intervals."""
+  rows = [[str(cells[0]["level"]), str(cells[0]["count"]),
+           *(f"{c['mean']:.3f} [{c['low']:.3f}, {c['high']:.3f}]" for c in cells)]
+          for cells in zip(*table.values(), strict=True)]
+  return _table(["digits", "problems", *table], rows)
+
+
+def answers(attempts: Sequence[dict[str, Any]], most: int = 30) -> str:
+  """Wrong answers with the verifier's reason, each distinct one once; then some right ones."""
+  rows = {}
+  for attempt in attempts:
+    for response in attempt["responses"]:
+      key = attempt["prompt"], response["text"]
+      rows.setdefault(key, [*key, attempt["answer"], response["correct"], response["reason"]])
+  wrong = [row for row in rows.values() if not row[3]]
+  right = [row for row in rows.values() if row[3]]
+  code = lambda text: f"<code>{html.escape(text)}</code>"
+  cells = [[code(prompt), code(text), code(answer),
+            '<span class="right">correct</span>' if correct
+            else f'<span class="wrong">{html.escape(reason)}</span>']
+           for prompt, text, answer, correct, reason in wrong[:most] + right[:5]]
+  return (f"<p>{len(wrong)} distinct wrong answers, {len(right)} right ones; here are "
+          f"{min(most, len(wrong))} and {min(5, len(right))} of them.</p>"
+          + _table(["problem", "sampled answer", "true answer", "verdict"], cells))
+
+
+def write(path: str | pathlib.Path, title: str, sections: dict[str, str]) -> pathlib.Path:
+  """Writes the page; sections are headings and their HTML."""
+  body = "".join(f"<h2>{html.escape(name)}</h2>{content}" for name, content in sections.items())
+  path = pathlib.Path(path)
+  path.write_text(
+    f'<!doctype html><html lang="en"><meta charset="utf-8"><title>{html.escape(title)}</title>'
+    f"<style>{_STYLE}</style><h1>{html.escape(title)}</h1>{body}</html>", encoding="utf-8")
+  return path

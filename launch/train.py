@@ -1,0 +1,167 @@
+"""Trains the model of a configuration, or goes on where an earlier call stopped.
+
+  python -m ancestral.launch.train --config=configs/arithmetic.py --workdir=runs/arithmetic
+  python -m ancestral.launch.train --config=configs/arithmetic.py:small --workdir=runs/small \\
+      --config.optimizer.peak=1e-3 --seeds=0,1,2 --sweep=optimizer.name=adamw,muon
+
+The same command resumes: parameters, optimiser, average, order of the data and randomness go on
+exactly as if the run had not stopped. Ctrl-C or SIGTERM finishes the step and saves first.
+
+WORKDIR gets checkpoints/, metrics.jsonl, TensorBoard event files and config.json.
+"""
+
+import functools
+import json
+import pathlib
+import signal
+import sys
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from typing import Any, NamedTuple
+
+import jax
+
+from ..evaluation import attempts
+from ..models import transformer
+from ..training import checkpoint, data, loop, metrics, step
+from ..training import state as state_lib
+from . import experiment as experiment_lib
+from . import flags
+
+# What may differ between a run and its resumption: how long it is, and what is kept of it.
+FREE = ("train.num_steps", "train.log_every", "train.evaluate_every", "train.save_every",
+        "train.keep", "evaluation")
+
+
+class Run(NamedTuple):
+  """A run that is checked and ready, at its beginning or at its last good checkpoint."""
+
+  experiment: experiment_lib.Experiment
+  workdir: pathlib.Path
+  key: jax.Array
+  state: state_lib.TrainState
+  batches: Iterator[Any]
+  manager: checkpoint.Manager
+
+
+def open_run(config: experiment_lib.Config, workdir: str) -> Run:
+  """Builds what the configuration names and restores what the workdir holds.
+
+  Raises:
+    ValueError: the configuration is wrong in itself, or not that of the run in the workdir; nothing
+      has been changed there.
+  """
+  experiment = experiment_lib.build(config)
+  init_key, key = jax.random.split(jax.random.key(config.seed))
+  init = functools.partial(experiment_lib.init_state, experiment)
+  batches = data.batches(experiment.source, experiment.rows, batch_size=config.train.batch_size,
+                         seed=config.seed, prefetch=2)
+  directory = experiment_lib.checkpoints(workdir)
+  best = _score if config.train.evaluate_every else None
+  manager = checkpoint.open_manager(directory, keep=config.train.keep, best=best)
+  if manager.latest_step() is None:
+    state = jax.jit(init)(init_key)
+  else:
+    saved = checkpoint.load_config(directory)
+    checkpoint.check_config(saved, experiment_lib.to_json(config), ignore=FREE)
+    restored = checkpoint.restore(manager, jax.eval_shape(init, init_key))
+    state = restored.state
+    data.set_state(batches, restored.data_state)
+  return Run(experiment, pathlib.Path(workdir), key, state, batches, manager)
+
+
+def _score(scalars: Mapping[str, float]) -> float:
+  """Which checkpoint is best: that of most right answers, or of least held-out loss."""
+  return scalars["pass@1"] if "pass@1" in scalars else -scalars["held_out_loss"]
+
+
+def scores(experiment: experiment_lib.Experiment) -> Callable[[Any], dict[str, float]]:
+  """What is measured now and then while training: a function of the parameters.
+
+  For a task, the share of right answers to held-out problems, one sample each, over all and by
+  level; for text, the held-out loss.
+  """
+  if experiment.task is None:
+    loss = experiment_lib.held_out_loss(experiment)
+    return lambda params: {"held_out_loss": loss(params)}
+  attempt = experiment_lib.verified(experiment, num_samples=1)
+
+  def score(params):
+    made = attempt(params, jax.random.key(experiment.config.seed))
+    rows = attempts.summarise(made)["pass@1"]
+    mean = sum(row.mean * row.count for row in rows) / sum(row.count for row in rows)
+    return {"pass@1": mean, **{f"pass@1/level_{row.level}": row.mean for row in rows}}
+
+  return score
+
+
+def _writer(run: Run) -> metrics.Writer:
+  """The first process writes, for people and for programs."""
+  if jax.process_index():
+    return metrics.chain()
+  done = int(run.state.step)
+  return metrics.chain(
+    metrics.console(run.experiment.config.train.num_steps, step=done),
+    metrics.jsonl(run.workdir / "metrics.jsonl", step=done),
+    metrics.tensorboard(run.workdir, step=done))
+
+
+def train(run: Run) -> state_lib.TrainState:
+  """Trains to the end, and leaves everything in the workdir.
+
+  Raises:
+    loop.Interrupted: by a signal, after saving.
+  """
+  experiment, c = run.experiment, run.experiment.config.train
+  config = experiment_lib.to_json(experiment.config)
+  if jax.process_index() == 0:
+    (run.workdir / "config.json").write_text(json.dumps(config, indent=1))
+  writer = _writer(run)
+  score = scores(experiment)
+  scored: dict[int, dict[str, float]] = {}  # the last evaluation, for the checkpoint of its step
+
+  def write(done, scalars):
+    writer.write(done, {**scalars, "learning_rate": float(experiment.schedule(done - 1))})
+
+  def evaluate(done, state):
+    scored.clear()
+    scored[done] = score(transformer.unstack(state.average or state.params))
+    writer.write(done, scored[done])
+
+  def save(done, state):
+    checkpoint.save(run.manager, done, state, data.get_state(run.batches), config,
+                    scored.get(done))
+
+  train_step = jax.jit(functools.partial(
+    step.train_step, loss_fn=experiment.loss_fn, optimizer=experiment.optimizer,
+    averaging=experiment.averaging, num_microbatches=c.num_microbatches), donate_argnums=1)
+  try:
+    return loop.fit(
+      run.state, run.batches, functools.partial(train_step, run.key), num_steps=c.num_steps,
+      write=loop.Every(c.log_every, write), evaluate=loop.Every(c.evaluate_every, evaluate),
+      save=loop.Every(c.save_every, save), progress=writer.tick)
+  finally:
+    writer.close()
+    run.manager.close()  # waits for what is being saved
+    run.batches.close()
+
+
+def main(_: Sequence[str]) -> None:
+  """Trains every run that the flags stand for, one after the other."""
+  with flags.one_line_errors():
+    runs = flags.runs()
+  for workdir, config in runs:
+    with flags.one_line_errors():
+      run = open_run(config, workdir)
+    print(f"{workdir}: from step {int(run.state.step)} to {config.train.num_steps}",
+          file=sys.stderr)
+    try:
+      train(run)
+    except loop.Interrupted as stop:
+      print(f"{workdir}: stopped by {stop}, and saved. The same command goes on.", file=sys.stderr)
+      sys.exit(128 + signal.Signals[stop.signal])
+    print(f"{workdir}: done. Next: python -m ancestral.launch.evaluate --workdir={workdir}",
+          file=sys.stderr)
+
+
+if __name__ == "__main__":
+  flags.run(main)

@@ -1,0 +1,236 @@
+"""The transformer: cache, causality, packing, layouts of params, configs."""
+
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+import targets
+from ancestral.models import base, transformer
+
+VARIANTS = {
+  "multi_head": {"num_kv_heads": 4},
+  "grouped": {},
+  "multi_query": {"num_kv_heads": 1},
+  "wide_heads": {"head_dim": 12},
+  "window": {"window": 3},
+  "qk_norm": {"qk_norm": True},
+  "bias": {"use_bias": True},
+  "learned": {"positions": "learned"},
+  "no_positions": {"positions": "none"},
+  "randomised": {"position_range": 96},
+  "randomised_learned": {"positions": "learned", "position_range": 96},
+  "untied": {"tied_embeddings": False},
+  "softcap": {"logit_softcap": 2.0},
+  "everything": {"window": 4, "qk_norm": True, "use_bias": True, "tied_embeddings": False,
+                 "logit_softcap": 5.0, "position_range": 64, "scan_layers": False},
+}
+TOKENS = jnp.asarray(np.random.default_rng(0).integers(0, 23, (3, 12)), jnp.int32)
+
+
+@pytest.fixture(autouse=True)
+def exact_matmuls():
+  with jax.default_matmul_precision("highest"):
+    yield
+
+
+def full_logits(model, params, tokens, **kwargs):
+  return model.readout(params, targets.apply(model, params, tokens, **kwargs)[0])
+
+
+@pytest.mark.parametrize("name", VARIANTS)
+def test_decoding_with_a_cache_equals_the_full_pass(name):
+  model, params = targets.tiny_target(**VARIANTS[name])
+  prompt_length = np.array([2, 7, 5])
+  @jax.jit
+  def incremental(params, tokens, length):
+    cache = model.init_cache(params, 3, 12)
+    prefilled, cache = base.apply(model, params, tokens[:, :7], cache)
+    cache, seen = cache._replace(length=length), []
+    for size in chunks:
+      at = cache.length[:, None] + jnp.arange(size)[None]
+      hidden, cache = targets.apply(model, params, jnp.take_along_axis(tokens, at, 1), cache)
+      seen.append(hidden)
+    return model.readout(params, prefilled), model.readout(params, jnp.concatenate(seen, 1)), cache
+
+  prefilled, decoded, cache = incremental(transformer.unstack(params), TOKENS, prompt_length)
+  expected = np.asarray(jax.jit(lambda p, t: full_logits(model, p, t))(params, TOKENS))
+  assert expected.std() > 0.5  # logits that a wrong mask would move
+  np.testing.assert_array_equal(cache.length, prompt_length + 4)
+  for b, length in enumerate(prompt_length):
+    assert np.abs(prefilled[b, :length] - expected[b, :length]).max() < 1e-4
+    assert np.abs(decoded[b] - expected[b, length:length + 4]).max() < 1e-4
+
+
+def test_stacked_params_decode_too():
+  model, params = targets.tiny_target()
+  cache = model.init_cache(params, 3, 12)
+  stacked, _ = targets.apply(model, params, TOKENS, cache)
+  expected, _ = targets.apply(model, params, TOKENS)
+  np.testing.assert_allclose(stacked, expected, atol=1e-4)
+
+
+def test_rewinding_forgets():
+  model, params = targets.tiny_target(scan_layers=False)
+  cache = model.init_cache(params, 3, 12)
+  _, cache = targets.apply(model, params, TOKENS[:, :8], cache)
+  other = jnp.flip(TOKENS, axis=1)[:, :5]
+  rewound, _ = targets.apply(model, params, other, cache._replace(length=jnp.array([0, 3, 7])))
+  for b, kept in enumerate((0, 3, 7)):
+    row = TOKENS.at[b, kept:kept + 5].set(other[b])
+    expected = targets.apply(model, params, row)[0][b, kept:kept + 5]
+    np.testing.assert_allclose(rewound[b], expected, atol=1e-4)
+
+
+def test_what_overflows_the_cache_leaves_its_entries_alone():
+  model, params = targets.tiny_target(scan_layers=False)
+  _, held = targets.apply(model, params, TOKENS[:, :4], model.init_cache(params, 3, 4))
+  _, after = targets.apply(model, params, TOKENS[:, 4:7], held)
+  for before, now in zip(jax.tree.leaves(held.layers), jax.tree.leaves(after.layers), strict=True):
+    np.testing.assert_array_equal(before, now)
+
+
+def influence(model, params, length=9):
+  """[t, s]: whether d hidden[t] / d embedding[s] is not exactly 0."""
+  x = model.embed(params, TOKENS[:1, :length])
+  weight = jnp.asarray(np.random.default_rng(1).normal(size=x.shape[-1]), jnp.float32)
+  jacobian = jax.jit(jax.jacrev(lambda x: model.trunk(params, x)[0][0] @ weight))(x)
+  return np.any(np.asarray(jacobian[:, 0]) != 0, axis=-1)
+
+
+@pytest.mark.parametrize("causal", [True, False])
+@pytest.mark.parametrize("window", [None, 3])
+def test_influence_by_gradients(causal, window):
+  model, params = targets.tiny_target(causal=causal, window=window)
+  distance = np.arange(9)[:, None] - np.arange(9)[None, :]
+  reach = 9 if window is None else 2 * (window - 1)  # two layers
+  expected = (distance <= reach) & (distance >= (0 if causal else -reach))
+  np.testing.assert_array_equal(influence(model, params), expected)
+
+
+@pytest.mark.parametrize("fields", [{}, {"positions": "learned"}, {"causal": False}])
+def test_packed_documents_equal_the_documents_apart(fields):
+  model, params = targets.tiny_target(**fields)
+  document = jnp.array([0] * 7 + [1] * 5)
+  positions = jnp.concatenate([jnp.arange(7), jnp.arange(5)])[None].repeat(3, axis=0)
+  mask = jnp.broadcast_to(document[:, None] == document[None, :], (3, 12, 12))
+  packed = full_logits(model, params, TOKENS, positions=positions, mask=mask)
+  np.testing.assert_allclose(packed[:, :7], full_logits(model, params, TOKENS[:, :7]), atol=1e-4)
+  np.testing.assert_allclose(packed[:, 7:], full_logits(model, params, TOKENS[:, 7:]), atol=1e-4)
+
+
+def test_a_mask_narrows_the_cache_as_well():
+  model, params = targets.tiny_target(scan_layers=False)
+  _, cache = targets.apply(model, params, TOKENS[:, :6], model.init_cache(params, 3, 12))
+  mask = jnp.broadcast_to(jnp.arange(12) >= 6, (3, 2, 12))  # the second document
+  positions = jnp.broadcast_to(jnp.arange(2), (3, 2))
+  hidden, _ = targets.apply(model, params, TOKENS[:, 6:8], cache, mask=mask, positions=positions)
+  np.testing.assert_allclose(hidden, targets.apply(model, params, TOKENS[:, 6:8])[0], atol=1e-4)
+
+
+def test_dropout_needs_a_key():
+  model, params = targets.tiny_target(dropout=0.5)
+  plain, _ = targets.tiny_target()
+  hidden = lambda model, key=None: targets.apply(model, params, TOKENS, key=key)[0]
+  np.testing.assert_array_equal(hidden(model), hidden(plain))
+  np.testing.assert_array_equal(hidden(plain, jax.random.key(0)), hidden(plain))
+  first, again, other = (hidden(model, jax.random.key(seed)) for seed in (1, 1, 2))
+  np.testing.assert_array_equal(first, again)
+  assert np.all(np.any(first != other, axis=-1)) and np.all(np.any(first != hidden(model), axis=-1))
+
+
+def test_a_key_randomises_positions_and_their_spread_is_the_default():
+  model, params = targets.tiny_target(position_range=96)
+  without = targets.apply(model, params, TOKENS)[0]
+  spread = jnp.broadcast_to(3 * jnp.arange(12), (3, 12))  # 96 / 32
+  np.testing.assert_array_equal(targets.apply(model, params, TOKENS, positions=spread)[0], without)
+  random = targets.apply(model, params, TOKENS, key=jax.random.key(0))[0]
+  assert np.all(np.any(random[:, 1:] != without[:, 1:], axis=-1))
+
+
+@pytest.mark.parametrize("fields", [{}, {**VARIANTS["everything"], "dropout": 0.3}],
+                         ids=["plain", "everything"])
+def test_scan_equals_loop_with_gradients(fields):
+  model, params = targets.tiny_target(**{**fields, "scan_layers": True})
+
+  def loss(params):
+    logits = full_logits(model, params, TOKENS, key=jax.random.key(3))
+    return jnp.mean(jnp.square(logits - 1))
+
+  value, gradient = jax.jit(jax.value_and_grad(loss))(params)
+  looped, looped_gradient = jax.jit(jax.value_and_grad(loss))(transformer.unstack(params))
+  np.testing.assert_allclose(value, looped, rtol=1e-5)
+  for one, other in zip(jax.tree.leaves(gradient),
+                        jax.tree.leaves(transformer.stack(looped_gradient)), strict=True):
+    assert np.abs(one).max() > 0
+    np.testing.assert_allclose(one, other, atol=1e-5 * max(1, np.abs(one).max()))
+
+
+def test_stack_and_unstack_are_inverse():
+  _, params = targets.tiny_target()
+  loose = transformer.unstack(params)
+  assert len(loose["layers"]) == 2
+  restacked = transformer.stack(loose)
+  assert jax.tree.structure(restacked) == jax.tree.structure(params)
+  jax.tree.map(np.testing.assert_array_equal, restacked, params)
+  assert transformer.stack(params) is params and transformer.unstack(loose) is loose
+
+
+@pytest.mark.parametrize("scan_layers", [True, False])
+def test_init_draws_layers_apart(scan_layers):
+  model = transformer.transformer(targets.tiny_config(scan_layers=scan_layers, num_layers=3))
+  params = jax.jit(model.init)(jax.random.key(0), TOKENS)
+  assert isinstance(params["layers"], dict) == scan_layers
+  first, second, _ = transformer.unstack(params)["layers"]
+  assert np.any(first["mlp"]["up"]["kernel"] != second["mlp"]["up"]["kernel"])
+  # the branches that add to the residual stream are scaled by 1 / sqrt(2 * 3)
+  assert np.std(first["mlp"]["down"]["kernel"]) == pytest.approx(0.02 / 6**0.5, rel=0.1)
+  assert np.std(first["mlp"]["up"]["kernel"]) == pytest.approx(0.02, rel=0.1)
+
+
+def test_bfloat16_computes_narrow_and_reads_out_wide():
+  model, params = targets.tiny_target(dtype="bfloat16")
+  hidden, cache = targets.apply(model, params, TOKENS, model.init_cache(params, 3, 12))
+  logits = model.readout(params, hidden)
+  assert hidden.dtype == jnp.bfloat16 and logits.dtype == jnp.float32
+  assert {leaf.dtype for leaf in jax.tree.leaves(cache.layers)} == {jnp.dtype("bfloat16")}
+  wide, _ = targets.tiny_target()
+  expected = full_logits(wide, params, TOKENS)
+  assert 0 < np.abs(logits - expected).mean() < 0.03 * np.abs(expected).max()
+
+
+@pytest.mark.parametrize("softcap", [0.5, 3.0])
+def test_softcap_bounds_logits_in_order(softcap):
+  model, params = targets.tiny_target(logit_softcap=softcap)
+  plain, _ = targets.tiny_target()
+  capped, logits = (full_logits(m, params, TOKENS) for m in (model, plain))
+  assert np.abs(capped).max() <= softcap < np.abs(logits).max()
+  small = np.abs(capped) < 0.9 * softcap
+  uncapped = softcap * np.arctanh(np.asarray(capped, np.float64)[small] / softcap)
+  np.testing.assert_allclose(uncapped, logits[small], rtol=1e-3, atol=1e-4)
+
+
+def test_defaults_of_a_config():
+  config = transformer.TransformerConfig(
+    vocab_size=8, max_length=8, num_layers=1, width=128, num_heads=4)
+  assert (config.num_kv_heads, config.head_dim, config.mlp_width) == (4, 32, 352)
+  with pytest.raises(dataclasses.FrozenInstanceError):
+    config.width = 64
+
+
+@pytest.mark.parametrize("fields, culprit", [
+  ({"num_kv_heads": 3}, "num_kv_heads=3"),
+  ({"positions": "alibi"}, "positions='alibi'"),
+  ({"head_dim": 7}, "head_dim=7"),
+  ({"position_range": 16}, "position_range=16"),
+  ({"positions": "none", "position_range": 64}, "positions='none'"),
+  ({"window": 0}, "window=0"),
+  ({"dropout": 1.0}, "dropout=1.0"),
+  ({"dropout": -0.1}, "dropout=-0.1"),
+])
+def test_fields_that_do_not_fit_are_named(fields, culprit):
+  with pytest.raises(ValueError, match=culprit) as error:
+    targets.tiny_config(**fields)
+  assert "\n" not in str(error.value)

@@ -1,0 +1,230 @@
+"""Metrics: writers of scalars to the console, to a JSONL file and to TensorBoard, composed.
+
+In a run of several processes only the first should write: give the others `chain()`.
+"""
+
+import datetime
+import json
+import math
+import os
+import pathlib
+import sys
+import time
+import types
+from collections.abc import Callable, Iterable, Mapping
+from typing import IO, Any, NamedTuple
+
+from absl import logging
+from rich import console as rich_console
+from rich import progress as rich_progress
+
+Scalars = Mapping[str, float]
+
+
+class Writer(NamedTuple):
+  """Takes scalars by name; steps count from 1, the steps made so far."""
+
+  write: Callable[[int, Scalars], None]  # (step, scalars)
+  tick: Callable[[int], None] = lambda step: None  # at the end of every step: progress
+  close: Callable[[], None] = lambda: None
+
+
+def chain(*writers: Writer) -> Writer:
+  """Every writer in turn; of none, a writer that does nothing."""
+
+  def write(step, scalars):
+    for writer in writers:
+      writer.write(step, scalars)
+
+  def tick(step):
+    for writer in writers:
+      writer.tick(step)
+
+  def close():
+    for writer in writers:
+      writer.close()
+
+  return Writer(write, tick, close)
+
+
+def prefixed(prefix: str, writer: Writer) -> Writer:
+  """The writer, with `prefix` before every name: prefixed("eval/", writer)."""
+  return writer._replace(
+    write=lambda step, scalars: writer.write(step, {prefix + k: v for k, v in scalars.items()})
+  )
+
+
+def _to_json(value: Any) -> float | str:
+  value = float(value)
+  if math.isfinite(value):
+    return value
+  return "NaN" if math.isnan(value) else "Infinity" if value > 0 else "-Infinity"
+
+
+def _complete(lines: Iterable[bytes]) -> list[tuple[bytes, dict]]:
+  """Lines that are JSON objects with a step; a run killed while writing may leave another."""
+  found = []
+  for line in lines:
+    try:
+      record = json.loads(line)
+      found.append((line, {"step": record.pop("step"), **record}))
+    except (ValueError, LookupError, TypeError, AttributeError):
+      continue
+  return found
+
+
+def read_jsonl(path: str | os.PathLike) -> list[dict[str, float]]:
+  """The lines of a metrics file as {"step": int, name: float, ...}, NaN and infinities included."""
+  lines = pathlib.Path(path).read_bytes().split(b"\n")
+  return [
+    {k: v if k == "step" else float(v) for k, v in record.items()} for _, record in _complete(lines)
+  ]
+
+
+def jsonl(path: str | os.PathLike, *, step: int = 0) -> Writer:
+  """One line {"step": 10, "loss": 0.5, ...} per write, flushed at once.
+
+  JSON has no NaN or infinity: they are the strings "NaN", "Infinity" and "-Infinity", which
+  Python's and JavaScript's number parsers take, so every line is strict JSON. A resumed run first
+  drops the lines beyond the step that it starts from, so no step of a name appears twice.
+
+  Args:
+    path: the file, made when missing.
+    step: the step from which the run starts or resumes.
+  """
+  path = pathlib.Path(path)
+  path.parent.mkdir(parents=True, exist_ok=True)
+  old = path.read_bytes() if path.exists() else b""
+  kept = [line for line, record in _complete(old.split(b"\n")) if record["step"] <= step]
+  new = b"".join(line + b"\n" for line in kept)
+  if new != old:  # the rename leaves either the old file or the new one, whenever it is stopped
+    beside = path.with_name(path.name + ".tmp")
+    beside.write_bytes(new)
+    beside.replace(path)
+  file = path.open("a", encoding="utf-8")
+
+  def write(step, scalars):
+    record = {"step": int(step), **{k: _to_json(v) for k, v in scalars.items()}}
+    file.write(json.dumps(record, allow_nan=False) + "\n")
+    file.flush()
+
+  return Writer(write, close=file.close)
+
+
+def _tensorboard_modules() -> tuple[Any, Any, Any]:
+  # TensorBoard takes TensorFlow where it is installed, unless this module exists: its own switch.
+  sys.modules.setdefault("tensorboard.compat.notf", types.ModuleType("tensorboard.compat.notf"))
+  from tensorboard.compat.proto import event_pb2, summary_pb2
+  from tensorboard.summary.writer import event_file_writer
+
+  return event_pb2, summary_pb2, event_file_writer
+
+
+def tensorboard(directory: str | os.PathLike, *, step: int = 0) -> Writer:
+  """Event files for TensorBoard, written without TensorFlow.
+
+  A resumed run tells TensorBoard to forget what lies beyond the step that it starts from. Without
+  the package (extra `tensorboard`) nothing is written, and one line says so.
+  """
+  try:
+    event_pb2, summary_pb2, event_file_writer = _tensorboard_modules()
+  except ImportError:
+    logging.warning("no TensorBoard files: pip install 'ancestral[tensorboard]' to have them")
+    return chain()
+  events = event_file_writer.EventFileWriter(os.fspath(directory), flush_secs=10)
+  if step:
+    started = event_pb2.SessionLog(status=event_pb2.SessionLog.START)
+    events.add_event(
+      event_pb2.Event(wall_time=time.time(), step=int(step) + 1, session_log=started)
+    )
+
+  def write(step, scalars):
+    values = [
+      summary_pb2.Summary.Value(tag=name, simple_value=float(value))
+      for name, value in scalars.items()
+    ]
+    summary = summary_pb2.Summary(value=values)
+    events.add_event(event_pb2.Event(wall_time=time.time(), step=int(step), summary=summary))
+
+  return Writer(write, close=events.close)
+
+
+class _Speed:
+  """Steps per second since the first step ended, so that compilation does not count."""
+
+  def __init__(self, clock: Callable[[], float]):
+    self.clock, self.first, self.rate = clock, None, math.nan
+
+  def tick(self, step: int) -> None:
+    now = self.clock()
+    self.first = self.first or (step, now)
+    steps, seconds = step - self.first[0], now - self.first[1]
+    self.rate = steps / seconds if seconds > 0 else math.nan
+
+
+def _status(speed: _Speed, remaining: int, scalars: Scalars) -> str:
+  parts = []
+  if speed.rate > 0:
+    left = datetime.timedelta(seconds=round(remaining / speed.rate))
+    parts = [f"{speed.rate:.3g} steps/s", f"ETA {left}"]
+  return "  ".join([*parts, *(f"{name} {value:.4g}" for name, value in scalars.items())])
+
+
+def console(
+  num_steps: int,
+  *,
+  step: int = 0,
+  interval: float = 10.0,
+  file: IO[str] | None = None,
+  clock: Callable[[], float] = time.monotonic,
+) -> Writer:
+  """Progress for people: a bar on a terminal, elsewhere a line now and then.
+
+  Both show steps per second, the time left, and the scalars written last.
+
+  Args:
+    num_steps: total.
+    step: the step from which the run starts or resumes.
+    interval: seconds between lines of the same scalars, where there is no terminal. The first and
+      the last step's lines always come.
+    file: defaults to standard error.
+    clock: seconds.
+  """
+  screen = rich_console.Console(file=file, stderr=file is None, highlight=False, soft_wrap=True)
+  speed = _Speed(clock)
+  make = _bar if screen.is_terminal else _lines
+  return make(screen, speed, num_steps, step, interval)
+
+
+def _bar(screen, speed, num_steps, step, interval) -> Writer:
+  del interval
+  shown: dict[str, float] = {}
+  bar = rich_progress.Progress(
+    rich_progress.BarColumn(),
+    rich_progress.MofNCompleteColumn(),
+    rich_progress.TextColumn("{task.fields[status]}"),
+    console=screen,
+  )
+  task = bar.add_task("", total=num_steps, completed=step, status="compiling")
+  bar.start()
+
+  def tick(step):
+    speed.tick(step)
+    bar.update(task, completed=step, status=_status(speed, num_steps - step, shown))
+
+  return Writer(lambda step, scalars: shown.update(scalars), tick, bar.stop)
+
+
+def _lines(screen, speed, num_steps, step, interval) -> Writer:
+  del step
+  due: dict[tuple[str, ...], float] = {}  # by the names written: evaluation has lines of its own
+
+  def write(step, scalars):
+    names, now = tuple(scalars), speed.clock()
+    if now < due.get(names, -math.inf) and step != num_steps:
+      return
+    due[names] = now + interval
+    status = _status(speed, num_steps - step, scalars)
+    screen.print(f"step {step}/{num_steps}  {status}", markup=False)
+
+  return Writer(write, speed.tick)
