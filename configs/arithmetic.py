@@ -13,12 +13,12 @@ Variants, as in `--config=configs/arithmetic.py:small`:
 import ml_collections
 
 VARIANTS = {
-  "tiny": {"num_layers": 4, "width": 128, "num_heads": 4, "levels": (1, 2, 3), "num_steps": 250,
-           "peak": 3e-3, "dropout": 0.0},
+  "tiny": {"num_layers": 4, "width": 128, "num_heads": 4, "levels": (1, 2, 3), "num_steps": 300,
+           "optimizer": "muon", "peak": 1e-2, "dropout": 0.0},
   "small": {"num_layers": 6, "width": 256, "num_heads": 8, "levels": (1, 2, 3, 4, 5, 6),
-            "num_steps": 3000, "peak": 2e-3, "dropout": 0.0},
+            "num_steps": 3000, "optimizer": "muon", "peak": 5e-3, "dropout": 0.0},
   "paper": {"num_layers": 6, "width": 384, "num_heads": 6, "levels": (1, 2, 3), "num_steps": 5000,
-            "peak": 1e-3, "dropout": 0.2},
+            "optimizer": "adamw", "peak": 1e-3, "dropout": 0.2},
 }
 
 
@@ -49,7 +49,7 @@ def get_config(variant: str = "tiny") -> ml_collections.ConfigDict:
       "dtype": "float32",
     },
     "optimizer": {
-      "name": "adamw",  # or muon
+      "name": v["optimizer"],  # muon or adamw
       "schedule": "warmup_cosine",  # or warmup_stable_decay
       "peak": v["peak"],
       "warmup_steps": v["num_steps"] // 10,
@@ -63,8 +63,8 @@ def get_config(variant: str = "tiny") -> ml_collections.ConfigDict:
       "num_microbatches": 1,
       "average_decay": 0.0,  # of the parameters' exponential average; 0 keeps none
       "log_every": 10,
-      "evaluate_every": 50,
-      "save_every": 50,
+      "evaluate_every": 100,
+      "save_every": 100,
       "keep": 2,
     },
     "evaluation": {

@@ -60,6 +60,7 @@ def chunked_cross_entropy(
     logits = readout(hidden)
     right = jnp.argmax(logits, axis=-1) == targets
     losses = cross_entropy(logits, targets, z_loss=z_loss)
+    losses = jnp.where(mask != 0, losses, 0)  # a masked target may be impossible: 0 inf is NaN
     return jnp.sum(losses * mask, axis=-1), jnp.sum(right * mask, axis=-1)
 
   losses, right = jax.lax.map(one, (chunks(hidden), chunks(targets), chunks(mask)))

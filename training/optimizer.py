@@ -38,7 +38,7 @@ def _check_fits(num_steps: int, warmup_steps: int, decay_steps: int) -> None:
 
 
 def _name(path) -> str:
-  return path[-1].key
+  return jax.tree_util.keystr(path[-1:], simple=True)  # "" of a bare array
 
 
 def decays(params: Any) -> Any:
@@ -64,7 +64,7 @@ def adamw(schedule: optax.Schedule, *, b1: float = 0.9, b2: float = 0.95,
 
 def muon(schedule: optax.Schedule, *, b1: float = 0.9, b2: float = 0.95, momentum: float = 0.95,
          weight_decay: float = 0.1, clip_norm: float = 1.0) -> optax.GradientTransformation:
-  """Muon for the layers' kernels and Adam for the rest, after clipping by the global norm.
+  """Muon for the layers' kernels and Nesterov's Adam for the rest, after clipping as `adamw` does.
 
   Updates of a kernel are scaled to the root mean square of Adam's, 0.2 (Liu et al. 2025, arXiv
   2502.16982, equation 4), so both share one schedule. Weight decay pulls at the kernels only.

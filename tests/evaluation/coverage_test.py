@@ -116,8 +116,8 @@ def test_bootstrap_interval_by_enumerating_resamples():
 
 def test_bootstrap_interval_statistic_seed_and_errors():
   rows = np.array([[1, 2], [3, 4], [5, 9]])
-  ratio = lambda r: r[:, 0].sum() / r[:, 1].sum()  # noqa: E731
-  draw = lambda seed: coverage.bootstrap_interval(  # noqa: E731
+  ratio = lambda r: r[:, 0].sum() / r[:, 1].sum()
+  draw = lambda seed: coverage.bootstrap_interval(
     np.random.default_rng(seed), rows, ratio, num_resamples=300
   )
   assert draw(0) == draw(0)

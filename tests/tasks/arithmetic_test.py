@@ -20,7 +20,7 @@ def _ask(operation, style, a, b):
 
 
 def test_sums_are_written_as_in_the_paper():
-  ask = lambda style: _ask(arithmetic.ADDITION, style, 128, 367)  # noqa: E731
+  ask = lambda style: _ask(arithmetic.ADDITION, style, 128, 367)
   assert ask("plain")[:2] == ("128+367=", "495")
   assert ask("reversed")[:2] == ("128+367=", "594")
   prompt = "Input:\n128+367\nTarget:\n"
@@ -36,7 +36,7 @@ def test_sums_are_written_as_in_the_paper():
 
 
 def test_differences_put_the_sign_first_and_reversed_ones_last():
-  ask = lambda style: _ask(arithmetic.SUBTRACTION, style, 128, 367).answer  # noqa: E731
+  ask = lambda style: _ask(arithmetic.SUBTRACTION, style, 128, 367).answer
   assert ask("plain") == "-239"
   assert ask("reversed") == "932-"
   assert ask("simplified") == "A->1 , C->0\nA->6 , C->-1\nA->-3 , C->-1\n-300+61=-239.\n-239"
@@ -52,7 +52,7 @@ def test_differences_put_the_sign_first_and_reversed_ones_last():
 
 
 def test_products():
-  ask = lambda style: _ask(arithmetic.MULTIPLICATION, style, 128, 36).answer  # noqa: E731
+  ask = lambda style: _ask(arithmetic.MULTIPLICATION, style, 128, 36).answer
   assert (ask("plain"), ask("reversed")) == ("4608", "8064")
   assert ask("simplified") == "A->768 , C->768\nA->384 , C->4608.\n4608"
   assert ask("detailed") == (
@@ -155,7 +155,7 @@ def test_every_insertion_and_deletion_is_rejected(operation, style):
 def test_reasons_read_as_promised():
   task = _task("addition", "simplified")
   problem = _ask(arithmetic.ADDITION, "simplified", 128, 367)
-  reason = lambda response: task.verify(problem, response).reason  # noqa: E731
+  reason = lambda response: task.verify(problem, response).reason
   steps = "A->5 , C->1\nA->9 , C->0\nA->4 , C->0.\n"
   assert reason(steps + "485") == (
     "wrong digit at position 38: got 8, expected 9; every step is right"
@@ -217,7 +217,7 @@ def test_carries_are_the_carries():
 
 
 def test_keys_sort_commuting_operands_only():
-  key = lambda operation, a, b: _ask(operation, "plain", a, b).metadata["key"]  # noqa: E731
+  key = lambda operation, a, b: _ask(operation, "plain", a, b).metadata["key"]
   assert key(arithmetic.ADDITION, 12, 7) == key(arithmetic.ADDITION, 7, 12) == "7+12"
   assert key(arithmetic.MULTIPLICATION, 12, 7) == key(arithmetic.MULTIPLICATION, 7, 12)
   assert key(arithmetic.SUBTRACTION, 12, 7) != key(arithmetic.SUBTRACTION, 7, 12)

@@ -97,7 +97,7 @@ def test_reduce_takes_the_leftmost_ready_operation():
 
 
 def test_canonical_keys():
-  key = lambda text: notation.canonical(notation.parse(text))  # noqa: E731
+  key = lambda text: notation.canonical(notation.parse(text))
   assert key("1 + 2 * 3") == key("3 * 2 + 1") == key("2 * 3 + 1")
   assert key("(1 + 2)^2 / 3") == key("(2 + 1)^2 / 3")
   different = ["1 - 2", "2 - 1", "1 / 2", "2 / 1", "1 + 2 + 3", "1 + (2 + 3)", "(1/2)", "1 + 2"]

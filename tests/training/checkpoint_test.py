@@ -43,7 +43,7 @@ def state_at(step, width=64):
 
 
 def bits(tree):
-  plain = lambda x: (  # noqa: E731
+  plain = lambda x: (
     jax.random.key_data(x) if jnp.issubdtype(x.dtype, jax.dtypes.prng_key) else x
   )
   return [
@@ -204,7 +204,7 @@ def test_a_run_wound_back_saves_over_nothing(saved, tmp_path, warned):
 
 
 def test_keeps_the_latest_and_the_best_across_reopening(tmp_path):
-  best = lambda metrics: metrics["accuracy"]  # noqa: E731
+  best = lambda metrics: metrics["accuracy"]
   write(tmp_path, [1, 2, 3], keep=2, best=best)
   write(tmp_path, [4, 5, 6], keep=2, best=best)
   with checkpoint.open_manager(tmp_path, best=best, keep=2) as manager:
@@ -275,7 +275,7 @@ def test_check_config_names_the_first_field_that_differs():
 def test_restores_into_the_shardings_that_are_asked_for(saved):
   mesh = jax.make_mesh((1,), ("data",), axis_types=(jax.sharding.AxisType.Auto,))
   sharding = jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec("data"))
-  place = lambda s: jax.ShapeDtypeStruct(s.shape, s.dtype, sharding=sharding)  # noqa: E731
+  place = lambda s: jax.ShapeDtypeStruct(s.shape, s.dtype, sharding=sharding)
   params = jax.tree.map(place, jax.eval_shape(lambda: state_at(0).params))
   with checkpoint.open_manager(saved, create=False) as manager:
     found = checkpoint.restore_part(manager, params, "params").state

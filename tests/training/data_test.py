@@ -117,7 +117,7 @@ def test_first_fit_keeps_examples_whole():
 @pytest.mark.parametrize("prefetch", [0, 2])
 def test_restored_position_continues_bitwise(name, prefetch):
   source = data.task_source(TASK, 5, size=23)
-  make = lambda: data.batches(  # noqa: E731
+  make = lambda: data.batches(
     source, SPLITTERS[name], batch_size=4, seed=1, epochs=3, prefetch=prefetch
   )
   whole = list(make())
@@ -140,7 +140,7 @@ def test_restored_position_continues_bitwise(name, prefetch):
 @pytest.mark.parametrize("name", SPLITTERS)
 def test_processes_share_the_same_global_batches(name, count):
   source = data.task_source(TASK, 5, size=35)
-  make = lambda i, n: list(  # noqa: E731
+  make = lambda i, n: list(
     data.batches(
       source, SPLITTERS[name], batch_size=6, seed=2, epochs=3, process_index=i, process_count=n
     )
@@ -170,7 +170,7 @@ def test_a_process_reads_only_its_own_padded_rows():
 
 def test_shuffle_visits_everything_once_an_epoch_in_new_orders():
   source = data.Source(12, lambda i: {"index": np.asarray(i)})
-  rows = lambda seed: [  # noqa: E731
+  rows = lambda seed: [
     int(i)
     for b in data.batches(source, lambda d: d, batch_size=4, seed=seed, epochs=2)
     for i in b["index"]

@@ -57,5 +57,5 @@ def test_every_single_bit_and_every_swap_shows():
 def test_zeros_tell_their_number_and_nan_its_bits():
   assert len({int(fingerprint.checksum(jnp.zeros(n))) for n in range(1, 9)}) == 8
   assert int(fingerprint.checksum(jnp.zeros(3))) != int(fingerprint.checksum(-jnp.zeros(3)))
-  nan = lambda bits: jax.lax.bitcast_convert_type(jnp.uint32(bits), jnp.float32)  # noqa: E731
+  nan = lambda bits: jax.lax.bitcast_convert_type(jnp.uint32(bits), jnp.float32)
   assert int(fingerprint.checksum(nan(0x7FC00000))) != int(fingerprint.checksum(nan(0x7FC00001)))

@@ -15,7 +15,7 @@ from ancestral.training import metrics
 
 def test_chain_passes_everything_in_order_and_prefixes():
   seen = []
-  note = lambda name: metrics.Writer(  # noqa: E731
+  note = lambda name: metrics.Writer(
     lambda step, scalars: seen.append((name, step, dict(scalars))),
     lambda step: seen.append((name, step)),
     lambda: seen.append(name),

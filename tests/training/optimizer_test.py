@@ -39,9 +39,10 @@ def test_schedules_without_warmup_start_at_the_peak(schedule):
 
 
 @pytest.mark.parametrize("schedule", [optimizer.warmup_cosine, optimizer.warmup_stable_decay])
-def test_schedules_refuse_a_warmup_longer_than_the_run(schedule):
-  with pytest.raises(ValueError, match="decay_steps"):
+def test_schedules_refuse_a_warmup_as_long_as_the_run(schedule):
+  with pytest.raises(ValueError, match="warmup_steps=10.*num_steps=10") as error:
     schedule(1.0, num_steps=10, warmup_steps=10)
+  assert "\n" not in str(error.value)
 
 
 FIELDS = {"use_bias": True, "qk_norm": True, "positions": "learned", "tied_embeddings": False}
@@ -70,20 +71,6 @@ def test_matrices_decay_and_norms_and_biases_do_not(scan_layers, prefixes):
 def test_params_without_names_decay():
   assert optimizer.decays(jnp.ones(3)) is True
   assert optimizer.decays((jnp.ones(3), [jnp.ones(2)])) == (True, [True])
-
-
-def test_weight_decay_alone_shrinks_what_decays():
-  _, params = targets.tiny_target(**FIELDS)
-  zeros = jax.tree.map(jnp.zeros_like, params)
-  adamw = optimizer.adamw(optax.constant_schedule(0.5), weight_decay=0.2)
-  muon = optimizer.muon(optax.constant_schedule(0.5), weight_decay=0.2)
-  for made, decayed in ((adamw, {"kernel", "embedding", "positions", "readout"}),
-                        (muon, {"kernel"})):
-    updates, _ = made.update(zeros, made.init(params), params)
-    for (path, update), param in zip(jax.tree_util.tree_leaves_with_path(updates),
-                                     jax.tree.leaves(params), strict=True):
-      factor = -0.1 if path[-1].key in decayed else 0.0
-      np.testing.assert_allclose(update, factor * param, rtol=1e-5, atol=1e-8)
 
 
 def random_like(tree, seed, scale=1.0):
@@ -128,7 +115,7 @@ def test_gradients_are_clipped_by_their_global_norm(make):
 
 @pytest.mark.parametrize("make", [optimizer.adamw, optimizer.muon])
 def test_stacked_and_unstacked_params_get_the_same_updates(make):
-  _, params = targets.tiny_target(**FIELDS)
+  _, params = targets.tiny_target()
   gradients = [random_like(params, seed, 0.1) for seed in range(3)]
   made = make(optimizer.warmup_cosine(0.1, num_steps=9, warmup_steps=1))
   stacked = updates_of(made, params, gradients)
@@ -144,6 +131,18 @@ PARAMS = {"layers": {"up": {"kernel": jnp.ones((3, 8, 5)), "bias": jnp.ones((3, 
           "embedding": jnp.ones((11, 8)), "readout": jnp.ones((8, 11))}
 GRADIENTS = [random_like(PARAMS, seed) for seed in range(3)]
 SCHEDULE = optax.linear_schedule(0.1, 0.05, 3)
+
+
+def test_weight_decay_alone_shrinks_what_decays():
+  params, zeros = random_like(PARAMS, 9), jax.tree.map(jnp.zeros_like, PARAMS)
+  adamw = optimizer.adamw(optax.constant_schedule(0.5), weight_decay=0.2)
+  muon = optimizer.muon(optax.constant_schedule(0.5), weight_decay=0.2)
+  for made, decayed in ((adamw, {"kernel", "embedding", "readout"}), (muon, {"kernel"})):
+    updates = updates_of(made, params, [zeros])[0]
+    for (path, update), param in zip(jax.tree_util.tree_leaves_with_path(updates),
+                                     jax.tree.leaves(params), strict=True):
+      factor = -0.1 if path[-1].key in decayed else 0.0
+      np.testing.assert_allclose(update, factor * param, rtol=1e-5, atol=1e-8)
 
 
 def test_muon_orthogonalises_each_layers_kernel():
