@@ -39,7 +39,7 @@ def get_config(variant: str = "tiny") -> ml_collections.ConfigDict:
     "data": {
       "source": "task",
       "rows": "pad",  # or first_fit: several problems in a row
-      "row_length": 4 * max(v["levels"]) + 4,  # a + b = c and its end, reversed or plain
+      "row_length": 3 * max(v["levels"]) + 4,  # beginning, a + b = c, end; others need more
     },
     "model": {
       "num_layers": v["num_layers"],

@@ -38,13 +38,13 @@ class Attempt(NamedTuple):
 class Response(NamedTuple):
   """A continuation of a prompt."""
 
-  text: str
-  ended: bool  # by the end-of-sequence token, and not by running out of tokens
+  text: str  # without special tokens
+  fault: str  # why it is not a text and the end-of-sequence token after it; "" if it is
   log_prob: float  # of its tokens, under the law they were drawn from
 
 
-def respond(sample: Sample, tokenizer: tokenizers.Tokenizer, texts: Sequence[str], key: jax.Array, *,
-            num_samples: int, batch_size: int, max_length: int,
+def respond(sample: Sample, tokenizer: tokenizers.Tokenizer, texts: Sequence[str], key: jax.Array,
+            *, num_samples: int, batch_size: int, max_length: int,
             max_new_tokens: int) -> list[list[Response]]:
   """`num_samples` continuations of each text, drawn in batches of one shape.
 
@@ -68,8 +68,12 @@ def respond(sample: Sample, tokenizer: tokenizers.Tokenizer, texts: Sequence[str
 
 def _response(tokenizer, samples, row) -> Response:
   drawn = samples.tokens[row, samples.prompt_length[row]:samples.length[row]].tolist()
-  ended = bool(drawn) and drawn[-1] == tokenizer.eos
-  return Response(tokenizer.decode(drawn), ended, float(samples.log_prob[row].sum()))
+  fault = ""
+  if tokenizer.eos not in drawn:
+    fault = f"did not end within {len(drawn)} tokens"
+  elif {tokenizer.pad, tokenizer.bos} - {tokenizer.eos} & set(drawn):
+    fault = "holds a padding or beginning-of-sequence token"
+  return Response(tokenizer.decode(drawn), fault, float(samples.log_prob[row].sum()))
 
 
 def attempt(sample: Sample, task: tasks.Task, problems: Sequence[tasks.Problem], key: jax.Array, *,
@@ -80,11 +84,15 @@ def attempt(sample: Sample, task: tasks.Task, problems: Sequence[tasks.Problem],
   """
   responses = respond(sample, task.tokenizer, [problem.prompt for problem in problems], key,
                       max_new_tokens=max_new_tokens, **kwargs)
-  unended = tasks.Verification(False, f"format: did not end within {max_new_tokens} tokens")
+
+  def verdict(problem, response):
+    if response.fault:
+      return tasks.Verification(False, f"format: {response.fault}")
+    return task.verify(problem, response.text)
+
   return [
     Attempt(problem, tuple(response.text for response in row),
-            tuple(task.verify(problem, response.text) if response.ended else unended
-                  for response in row))
+            tuple(verdict(problem, response) for response in row))
     for problem, row in zip(problems, responses, strict=True)]
 
 

@@ -16,14 +16,12 @@ from typing import Any
 import jax
 import rich.console
 import rich.table
-from absl import flags as absl_flags
 
 from ..evaluation import attempts as attempts_lib
 from . import experiment as experiment_lib
 from . import flags
 
-_LAST = absl_flags.DEFINE_bool("last", False, "Use the last parameters, not their average.")
-_STEP = absl_flags.DEFINE_integer("step", None, "Checkpoint to take; the latest by default.")
+READS = (flags.CONFIG, flags.WORKDIR, flags.LAST, flags.STEP)
 
 
 def table(attempts: Sequence[attempts_lib.Attempt]) -> rich.table.Table:
@@ -61,22 +59,23 @@ def main(_: Sequence[str]) -> None:
   """Evaluates the checkpoint of --workdir."""
   with flags.one_line_errors():
     workdir = flags.required(flags.WORKDIR)
-    config = flags.CONFIG.value or experiment_lib.load_config(workdir)
     experiment, params, step = experiment_lib.restore_params(
-      config, workdir, last=_LAST.value, step=_STEP.value)
-  console = rich.console.Console()
+      flags.CONFIG.value, workdir, last=flags.LAST.value, step=flags.STEP.value)
+    config = experiment.config
+    measure = (experiment_lib.held_out_loss(experiment) if experiment.task is None else
+               experiment_lib.verified(experiment, num_samples=config.evaluation.num_samples))
+  console = rich.console.Console(highlight=False)
   if experiment.task is None:
-    loss = experiment_lib.held_out_loss(experiment)(params)
+    loss = measure(params)
     result = {"loss": loss}
     console.print(f"Held-out loss {loss:.4f} nats per token ({loss / math.log(2):.4f} bits).")
   else:
-    attempts = experiment_lib.verified(
-      experiment, num_samples=config.evaluation.num_samples)(params, jax.random.key(config.seed))
+    attempts = measure(params, jax.random.key(config.seed))
     result = record(attempts)
     console.print(table(attempts))
   path = write(workdir, {"step": step, **result})
-  console.print(f"Step {step}; written to {path}")
+  console.print(f"Step {step}; written to {path}", markup=False, soft_wrap=True)
 
 
 if __name__ == "__main__":
-  flags.run(main)
+  flags.run(main, READS)

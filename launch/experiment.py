@@ -3,6 +3,7 @@
 import functools
 import itertools
 import json
+import pathlib
 from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
 
@@ -64,6 +65,12 @@ def _expressions(config: Config) -> tasks.Task:
                                  levels=config.levels)
 
 
+def _file(field: str, path: str) -> str:
+  if not pathlib.Path(path).is_file():
+    raise FileNotFoundError(f"config.{field} is {path!r}, which is no file: give one.")
+  return path
+
+
 TASKS = {name: functools.partial(_arithmetic, operation)
          for name, operation in arithmetic.OPERATIONS.items()} | {"expressions": _expressions}
 
@@ -75,7 +82,7 @@ TOKENIZERS = {
 # A source of records, and its fields that are read: a text, or a prompt and an answer.
 RECORDS = {
   "text": lambda c: data.text_source(c.folder, c.pattern),
-  "jsonl": lambda c: data.jsonl_source(c.path, c.fields),
+  "jsonl": lambda c: data.jsonl_source(_file("data.path", c.path), c.fields),
   "tfds": lambda c: data.tfds_source(c.name, c.split, c.data_dir or None),
 }
 
@@ -85,6 +92,12 @@ SCHEDULES = {"warmup_cosine": optimizer.warmup_cosine,
              "warmup_stable_decay": optimizer.warmup_stable_decay}
 
 OPTIMIZERS = {"adamw": optimizer.adamw, "muon": optimizer.muon}
+
+
+DTYPES = {name: name for name in ("float32", "bfloat16", "float16")}
+
+# What evaluation may change: all but the network, the tokenizer and the task itself.
+FREE_TO_EVALUATE = ("seed", "data", "optimizer", "loss", "train", "evaluation", "task.levels")
 
 
 def task_of(config: Config) -> tasks.Task | None:
@@ -115,17 +128,46 @@ def _optimizer(config: Config) -> tuple[optax.Schedule, optax.GradientTransforma
   return schedule, make(schedule, weight_decay=c.weight_decay, clip_norm=c.clip_norm)
 
 
+def _check(config: Config) -> None:
+  """Raises at the first number that its field cannot mean."""
+  c = to_json(config)
+  fields = [(section, name) for section in ("model", "loss", "train", "evaluation")
+            for name in c[section]]
+  for section, name in [("data", "row_length"), *fields]:
+    if type(c[section][name]) is int and c[section][name] < 1:
+      raise ValueError(f"config.{section}.{name} is {c[section][name]}; it is at least 1.")
+  choose("model.dtype", c["model"]["dtype"], DTYPES)
+  width, num_heads = c["model"]["width"], c["model"]["num_heads"]
+  batch_size, num_microbatches = c["train"]["batch_size"], c["train"]["num_microbatches"]
+  decay, peak = c["train"]["average_decay"], c["optimizer"]["peak"]
+  temperature = c["evaluation"].get("temperature", 1.0)
+  for message, holds in {
+    f"seed is {c['seed']}; it is at least 0.": c["seed"] >= 0,
+    f"model.width={width} is not a multiple of config.model.num_heads={num_heads}.":
+      "head_dim" in c["model"] or width % num_heads == 0,
+    f"train.batch_size={batch_size} is not a multiple of config.train.num_microbatches="
+    f"{num_microbatches}.": batch_size % num_microbatches == 0,
+    f"train.average_decay is {decay}; it is in [0, 1).": 0 <= decay < 1,
+    f"optimizer.peak is {peak}; it is above 0.": peak > 0,
+    f"evaluation.temperature is {temperature}; it is at least 0.": temperature >= 0,
+  }.items():
+    if not holds:
+      raise ValueError(f"config.{message}")
+
+
 def build(config: Config) -> Experiment:
   """All that the configuration names.
 
   Raises:
     ValueError, FileNotFoundError: in one line, what in it is wrong, and what would be right.
   """
+  _check(config)
   task = task_of(config)
   tokenizer = task.tokenizer if task is not None else choose(
     "tokenizer.name", config.tokenizer.name, TOKENIZERS)(config.tokenizer)
-  model_config = transformer.TransformerConfig(vocab_size=tokenizer.vocab_size,
-                                               max_length=config.data.row_length, **config.model)
+  model_config = transformer.TransformerConfig(
+    vocab_size=tokenizer.vocab_size, max_length=config.data.row_length + 1,  # and the last target
+    **config.model)
   model = transformer.transformer(model_config)
   source, held_out = _sources(config, task, tokenizer)
   rows = choose("data.rows", config.data.rows, ROWS)(config.data.row_length, tokenizer.pad)
@@ -144,22 +186,25 @@ def init_state(experiment: Experiment, key: jax.Array) -> state_lib.TrainState:
                         experiment.averaging)
 
 
-def restore_params(config: Config, workdir: str, *, last: bool = False,
+def restore_params(config: Config | None, workdir: str, *, last: bool = False,
                    step: int | None = None) -> tuple[Experiment, models.Params, int]:
   """The experiment, its trained parameters unstacked for decoding, and the step they are from.
 
   Args:
-    config: the experiment.
+    config: the experiment; None is the one that was saved.
     workdir: of the run.
     last: the parameters themselves, even where their running average is kept.
     step: the checkpoint; None is the latest.
 
   Raises:
     FileNotFoundError: the workdir has no such checkpoint.
-    ValueError: the checkpoint is corrupt, or of another model.
+    ValueError: the checkpoint is corrupt, or of another model or task.
   """
+  saved = checkpoint.load_config(checkpoints(workdir), step)
+  config = config or ml_collections.ConfigDict(saved).lock()
+  checkpoint.check_config(saved, to_json(config), ignore=FREE_TO_EVALUATE)
   experiment = build(config)
-  name = "params" if last or not config.train.average_decay else "average"
+  name = "params" if last or not saved["train"]["average_decay"] else "average"
   tokens = jnp.zeros((1, 1), jnp.int32)
   params = jax.eval_shape(experiment.model.init, jax.random.key(0), tokens)
   with checkpoint.open_manager(checkpoints(workdir), create=False) as manager:
@@ -177,11 +222,6 @@ def to_json(config: Config) -> dict[str, Any]:
   return json.loads(config.to_json())
 
 
-def load_config(workdir: str) -> Config:
-  """The configuration that a run was last saved with."""
-  return ml_collections.ConfigDict(checkpoint.load_config(checkpoints(workdir))).lock()
-
-
 def sampler(experiment: Experiment, *, max_new_tokens: int, top_k: int | None = None):
   """A jitted (params, settings, keys, prompts) -> Samples; settings are `temperature` and `top_p`.
 
@@ -189,7 +229,14 @@ def sampler(experiment: Experiment, *, max_new_tokens: int, top_k: int | None = 
     experiment: whose model and end-of-sequence token.
     max_new_tokens: the most drawn.
     top_k: None keeps the whole vocabulary.
+
+  Raises:
+    ValueError: that many tokens leave no room for a prompt.
   """
+  max_length = experiment.model_config.max_length
+  if max_new_tokens >= max_length:
+    raise ValueError(f"max_new_tokens={max_new_tokens} leaves no room for a prompt in a sequence "
+                     f"of {max_length} tokens (config.data.row_length): lower it.")
 
   @jax.jit
   def sample(params, settings, keys, prompts):
@@ -216,10 +263,31 @@ def held_out_problems(experiment: Experiment, count: int) -> list[tasks.Problem]
   return found
 
 
+def _check_room(experiment: Experiment, problems: list[tasks.Problem]) -> None:
+  """Raises where a problem does not fit a row, or its answer what may be drawn."""
+  row_length = experiment.config.data.row_length
+  max_new_tokens = experiment.config.evaluation.max_new_tokens
+  encode = experiment.tokenizer.encode
+  for problem in problems:
+    answer = len(encode(problem.answer)) + 1  # and the end
+    if answer > max_new_tokens:
+      raise ValueError(f"config.evaluation.max_new_tokens is {max_new_tokens}, but the answer to "
+                       f"{problem.prompt!r} takes {answer}: raise it.")
+    needed = len(encode(problem.prompt)) + max_new_tokens  # the beginning, but not the last token
+    if needed > row_length:
+      raise ValueError(f"config.data.row_length is {row_length}, but {problem.prompt!r} with "
+                       f"evaluation.max_new_tokens={max_new_tokens} takes {needed}: raise it.")
+
+
 def verified(experiment: Experiment, *, num_samples: int):
-  """A function of (params, key): `num_samples` answers to each held-out problem, as Attempts."""
+  """A function of (params, key): `num_samples` answers to each held-out problem, as Attempts.
+
+  Raises:
+    ValueError: the problems or their answers do not fit.
+  """
   c = experiment.config.evaluation
   problems = held_out_problems(experiment, c.num_problems)
+  _check_room(experiment, problems)
   sample = sampler(experiment, max_new_tokens=c.max_new_tokens)
   settings = {"temperature": c.temperature, "top_p": 1.0}
 

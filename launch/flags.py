@@ -3,7 +3,7 @@
 import contextlib
 import itertools
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 
 import ml_collections
 from absl import app, flags, logging
@@ -16,29 +16,62 @@ SEEDS = flags.DEFINE_list("seeds", None, "Several runs, one for each seed: --see
 SWEEP = flags.DEFINE_multi_string(
   "sweep", [], "Several runs, over a field's values: --sweep=optimizer.peak=1e-3,3e-3. Repeated, "
   "it makes the grid.")
+LAST = flags.DEFINE_bool("last", False, "Use the last parameters, not their average.")
+STEP = flags.DEFINE_integer("step", None, "Checkpoint to take; the latest by default.")
 
 
-def run(main: Callable[[list[str]], None]) -> None:
-  """`app.run`, with errors of the command line, of configurations and of input in one line."""
+def run(main: Callable[[list[str]], None], reads: Sequence[flags.FlagHolder]) -> None:
+  """`app.run`, with errors of the command line, of configurations and of input in one line.
+
+  Args:
+    main: of the binary.
+    reads: the flags above that it reads.
+  """
   logging.set_verbosity(logging.WARNING)
+  app.run(main, argv=parse(sys.argv, reads), flags_parser=lambda argv: argv)
+
+
+def parse(argv: list[str], reads: Sequence[flags.FlagHolder]) -> list[str]:
+  """Sets the flags from `argv`; what would be ignored is an error, which ends the program."""
   with one_line_errors():
-    remaining = flags.FLAGS(sys.argv)
-  app.run(main, argv=remaining, flags_parser=lambda argv: argv)
+    try:
+      remaining = flags.FLAGS(argv)
+    except (KeyError, AttributeError) as error:  # what config_flags makes of an unknown field
+      raise ValueError(f"--config has no field {_message(error)}") from None
+    if remaining[1:]:
+      raise ValueError(f"{remaining[1]!r} is not a flag: flags are written --name=value.")
+    read = {flag.name for flag in reads}
+    for flag in (CONFIG, WORKDIR, SEEDS, SWEEP, LAST, STEP):
+      if flag.present and flag.name not in read:
+        raise ValueError(f"--{flag.name} means nothing here: leave it out.")
+  return remaining
 
 
 @contextlib.contextmanager
 def one_line_errors() -> Iterator[None]:
   """Bad input ends the program with its message and status 2, without a traceback.
 
-  It is for set-up, where ValueErrors and missing files are the user's to mend; a traceback from the
-  middle of a run is kept.
+  It is for set-up, where such errors are the user's to mend; a traceback from the middle of a run
+  is kept.
   """
   try:
     yield
-  except (flags.Error, ValueError, FileNotFoundError, KeyError, AttributeError, TypeError) as error:
-    message = str(error.args[0]) if isinstance(error, KeyError) else str(error)
-    print(f"error: {' '.join(message.split())}", file=sys.stderr)
+  except (flags.Error, ValueError, OSError, ImportError, LookupError, AttributeError,
+          TypeError) as error:
+    print(f"error: {_message(error)}", file=sys.stderr)
     sys.exit(2)
+
+
+def _message(error: Exception) -> str:
+  """Of the error, in one line."""
+  while isinstance(error, (KeyError, AttributeError)) and error.args:
+    if not isinstance(error.args[0], Exception):
+      return " ".join(str(error.args[0]).split())  # str(KeyError) is a repr
+    error = error.args[0]
+  lines = str(error).strip().splitlines() or [type(error).__name__]
+  if any(words in lines[0] for words in ("Configuration is not available", "Error whilst parsing")):
+    lines = ["--config:", lines[-1]]  # of config_flags' long account only the cause
+  return " ".join(" ".join(lines).split())
 
 
 def required(flag: flags.FlagHolder) -> str:
@@ -48,7 +81,8 @@ def required(flag: flags.FlagHolder) -> str:
     ValueError: it was not given.
   """
   if not flag.value:
-    raise ValueError(f"--{flag.name} is missing: give --{flag.name}=... ({flag.help})")
+    help_ = flags.FLAGS[flag.name].help
+    raise ValueError(f"--{flag.name} is missing: give --{flag.name}=... ({help_})")
   return flag.value
 
 
@@ -56,10 +90,10 @@ def runs() -> list[tuple[str, ml_collections.ConfigDict]]:
   """Every run that --config, --seeds and --sweep stand for, with its workdir.
 
   A single run uses --workdir itself; several use a directory each below it, named by what differs,
-  such as seed=1,optimizer.peak=0.003.
+  such as optimizer.peak=3e-3,seed=1.
 
   Raises:
-    ValueError: a flag is missing, or sweeps what the configuration does not have.
+    ValueError: a flag is missing or empty, or sweeps what the configuration does not have.
   """
   config, workdir = required(CONFIG), required(WORKDIR)
   axes = []
@@ -68,7 +102,9 @@ def runs() -> list[tuple[str, ml_collections.ConfigDict]]:
     if not equals or not values:
       raise ValueError(f"--sweep={sweep} is not of the form field=value,value.")
     axes.append([(field, value) for value in values.split(",")])
-  if SEEDS.value:
+  if SEEDS.value is not None:
+    if not SEEDS.value:
+      raise ValueError("--seeds is empty: give --seeds=0,1,2.")
     axes.append([("seed", value) for value in SEEDS.value])
   if not axes:
     return [(workdir, config)]
@@ -85,7 +121,7 @@ def _override(config, point) -> ml_collections.ConfigDict:
     for part in path:
       parent = parent.get(part) if isinstance(parent, ml_collections.ConfigDict) else None
     if not isinstance(parent, ml_collections.ConfigDict) or name not in parent:
-      raise ValueError(f"--sweep={field}=...: the configuration has no field {field!r}.")
+      raise ValueError(f"A sweep over {field}: the configuration has no such field.")
     parent[name] = _parse(field, text, parent[name])
   return config.lock()
 
@@ -94,8 +130,9 @@ def _parse(field, text, old):
   kinds = {bool: lambda text: {"true": True, "false": False}[text.lower()], int: int, float: float,
            str: str}
   if type(old) not in kinds:
-    raise ValueError(f"--sweep={field}=...: only numbers, strings and booleans can be swept.")
+    raise ValueError(f"A sweep over {field}: only numbers, strings and booleans can be swept.")
   try:
     return kinds[type(old)](text)
   except (ValueError, KeyError):
-    raise ValueError(f"--sweep={field}={text}: the field is of type {type(old).__name__}.") from None
+    kind = type(old).__name__
+    raise ValueError(f"A sweep over {field}: {text!r} is not of its type, {kind}.") from None

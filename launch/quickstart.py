@@ -9,7 +9,6 @@ Called again, it goes on where it stopped, or reports once more.
 
 import importlib.util
 import pathlib
-import sys
 from collections.abc import Sequence
 
 import jax
@@ -22,6 +21,7 @@ from ..training import loop
 from . import evaluate, flags, report, train
 from . import experiment as experiment_lib
 
+READS = (flags.WORKDIR,)
 _STEPS = absl_flags.DEFINE_integer("num_steps", None, "Steps of training; the config's if unset.")
 
 
@@ -67,9 +67,9 @@ def main(_: Sequence[str]) -> None:
   try:
     path = run(config(), workdir, console)
   except loop.Interrupted as stop:
-    sys.exit(f"Stopped by {stop}, and saved. The same command goes on.")
+    train.interrupted(workdir, stop)
   console.print(f"Report: {path.resolve()}", soft_wrap=True)
 
 
 if __name__ == "__main__":
-  flags.run(main)
+  flags.run(main, READS)

@@ -10,20 +10,24 @@ verifier says. With --output, one JSON object a sample is written there.
 
 import functools
 import json
+import pathlib
 from collections.abc import Sequence
 
 import jax
 import rich.console
-import rich.markup
+import rich.text
 from absl import flags as absl_flags
 
 from ..evaluation import attempts
 from . import experiment as experiment_lib
 from . import flags
 
+READS = (flags.CONFIG, flags.WORKDIR, flags.LAST, flags.STEP)
 _PROMPT = absl_flags.DEFINE_multi_string("prompt", [], "Text to continue; may be repeated.")
-_NUM_PROBLEMS = absl_flags.DEFINE_integer("num_problems", 0, "Held-out problems to answer.")
-_NUM_SAMPLES = absl_flags.DEFINE_integer("num_samples", 1, "Samples for each prompt.", lower_bound=1)
+_NUM_PROBLEMS = absl_flags.DEFINE_integer("num_problems", 0, "Held-out problems to answer.",
+                                          lower_bound=0)
+_NUM_SAMPLES = absl_flags.DEFINE_integer("num_samples", 1, "Samples for each prompt.",
+                                         lower_bound=1)
 _TEMPERATURE = absl_flags.DEFINE_float("temperature", 1.0, "0 is greedy.", lower_bound=0.0)
 _TOP_K = absl_flags.DEFINE_integer("top_k", None, "Keep the k likeliest tokens.", lower_bound=1)
 _TOP_P = absl_flags.DEFINE_float("top_p", 1.0, "Keep the nucleus of this mass.", lower_bound=0.0,
@@ -31,8 +35,6 @@ _TOP_P = absl_flags.DEFINE_float("top_p", 1.0, "Keep the nucleus of this mass.",
 _MAX_NEW_TOKENS = absl_flags.DEFINE_integer("max_new_tokens", None, "The configuration's if unset.",
                                             lower_bound=1)
 _SEED = absl_flags.DEFINE_integer("seed", 0, "Of the draws.")
-_LAST = absl_flags.DEFINE_bool("last", False, "Use the last parameters, not their average.")
-_STEP = absl_flags.DEFINE_integer("step", None, "Checkpoint to take; the latest by default.")
 _OUTPUT = absl_flags.DEFINE_string("output", None, "JSONL file for the samples.")
 
 
@@ -71,21 +73,22 @@ def main(_: Sequence[str]) -> None:
     workdir = flags.required(flags.WORKDIR)
     if bool(_PROMPT.value) == bool(_NUM_PROBLEMS.value):
       raise ValueError("Give either --prompt=TEXT or --num_problems=N.")
-    config = flags.CONFIG.value or experiment_lib.load_config(workdir)
+    if _OUTPUT.value and not pathlib.Path(_OUTPUT.value).parent.is_dir():
+      raise FileNotFoundError(f"--output={_OUTPUT.value}: there is no such directory, make it.")
     experiment, params, step = experiment_lib.restore_params(
-      config, workdir, last=_LAST.value, step=_STEP.value)
+      flags.CONFIG.value, workdir, last=flags.LAST.value, step=flags.STEP.value)
     records = draw(experiment, params)
-  console = rich.console.Console(highlight=False)
+  console = rich.console.Console(highlight=False, emoji=False)
   for record in records:
-    verdict = ""
+    line = rich.text.Text(record["prompt"]).append(record["text"], "bold")
     if "correct" in record:
-      verdict = " [green]correct[/]" if record["correct"] else f" [red]{record['reason']}[/]"
-    prompt, text = rich.markup.escape(record["prompt"]), rich.markup.escape(record["text"])
-    console.print(f"{prompt}[bold]{text}[/]{verdict}")
+      reason, colour = ("correct", "green") if record["correct"] else (record["reason"], "red")
+      line.append(f"  {reason}", colour)
+    console.print(line, soft_wrap=True)
   if _OUTPUT.value:
     with open(_OUTPUT.value, "w") as file:
       file.writelines(json.dumps({"step": step, **record}) + "\n" for record in records)
 
 
 if __name__ == "__main__":
-  flags.run(main)
+  flags.run(main, READS)

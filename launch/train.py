@@ -10,13 +10,14 @@ exactly as if the run had not stopped. Ctrl-C or SIGTERM finishes the step and s
 WORKDIR gets checkpoints/, metrics.jsonl, TensorBoard event files and config.json.
 """
 
+import contextlib
 import functools
 import json
 import pathlib
 import signal
 import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, NoReturn
 
 import jax
 
@@ -27,6 +28,7 @@ from ..training import state as state_lib
 from . import experiment as experiment_lib
 from . import flags
 
+READS = (flags.CONFIG, flags.WORKDIR, flags.SEEDS, flags.SWEEP)
 # What may differ between a run and its resumption: how long it is, and what is kept of it.
 FREE = ("train.num_steps", "train.log_every", "train.evaluate_every", "train.save_every",
         "train.keep", "evaluation")
@@ -41,6 +43,7 @@ class Run(NamedTuple):
   state: state_lib.TrainState
   batches: Iterator[Any]
   manager: checkpoint.Manager
+  score: Callable[[Any], dict[str, float]]  # of the params; see `scores`
 
 
 def open_run(config: experiment_lib.Config, workdir: str) -> Run:
@@ -51,22 +54,26 @@ def open_run(config: experiment_lib.Config, workdir: str) -> Run:
       has been changed there.
   """
   experiment = experiment_lib.build(config)
+  score = scores(experiment)
   init_key, key = jax.random.split(jax.random.key(config.seed))
   init = functools.partial(experiment_lib.init_state, experiment)
   batches = data.batches(experiment.source, experiment.rows, batch_size=config.train.batch_size,
                          seed=config.seed, prefetch=2)
   directory = experiment_lib.checkpoints(workdir)
-  best = _score if config.train.evaluate_every else None
-  manager = checkpoint.open_manager(directory, keep=config.train.keep, best=best)
-  if manager.latest_step() is None:
-    state = jax.jit(init)(init_key)
-  else:
-    saved = checkpoint.load_config(directory)
-    checkpoint.check_config(saved, experiment_lib.to_json(config), ignore=FREE)
-    restored = checkpoint.restore(manager, jax.eval_shape(init, init_key))
-    state = restored.state
-    data.set_state(batches, restored.data_state)
-  return Run(experiment, pathlib.Path(workdir), key, state, batches, manager)
+  with contextlib.ExitStack() as undo:
+    undo.callback(batches.close)
+    manager = checkpoint.open_manager(directory, keep=config.train.keep, best=_score)
+    undo.callback(manager.close)
+    if manager.latest_step() is None:
+      state = jax.jit(init)(init_key)
+    else:
+      saved = checkpoint.load_config(directory)
+      checkpoint.check_config(saved, experiment_lib.to_json(config), ignore=FREE)
+      restored = checkpoint.restore(manager, jax.eval_shape(init, init_key))
+      state = restored.state
+      data.set_state(batches, restored.data_state)
+    undo.pop_all()
+  return Run(experiment, pathlib.Path(workdir), key, state, batches, manager, score)
 
 
 def _score(scalars: Mapping[str, float]) -> float:
@@ -116,7 +123,6 @@ def train(run: Run) -> state_lib.TrainState:
   if jax.process_index() == 0:
     (run.workdir / "config.json").write_text(json.dumps(config, indent=1))
   writer = _writer(run)
-  score = scores(experiment)
   scored: dict[int, dict[str, float]] = {}  # the last evaluation, for the checkpoint of its step
 
   def write(done, scalars):
@@ -124,7 +130,7 @@ def train(run: Run) -> state_lib.TrainState:
 
   def evaluate(done, state):
     scored.clear()
-    scored[done] = score(transformer.unstack(state.average or state.params))
+    scored[done] = run.score(transformer.unstack(state.average or state.params))
     writer.write(done, scored[done])
 
   def save(done, state):
@@ -145,10 +151,18 @@ def train(run: Run) -> state_lib.TrainState:
     run.batches.close()
 
 
+def interrupted(workdir: str, stop: loop.Interrupted) -> NoReturn:
+  """Ends the program as the signal would have, and says how to go on."""
+  print(f"{workdir}: stopped by {stop}, and saved. The same command goes on.", file=sys.stderr)
+  sys.exit(128 + signal.Signals[stop.signal])
+
+
 def main(_: Sequence[str]) -> None:
   """Trains every run that the flags stand for, one after the other."""
   with flags.one_line_errors():
     runs = flags.runs()
+    for _, config in runs[1:]:  # a mistake in the last is not for the end of the first
+      experiment_lib.build(config)
   for workdir, config in runs:
     with flags.one_line_errors():
       run = open_run(config, workdir)
@@ -157,11 +171,10 @@ def main(_: Sequence[str]) -> None:
     try:
       train(run)
     except loop.Interrupted as stop:
-      print(f"{workdir}: stopped by {stop}, and saved. The same command goes on.", file=sys.stderr)
-      sys.exit(128 + signal.Signals[stop.signal])
+      interrupted(workdir, stop)
     print(f"{workdir}: done. Next: python -m ancestral.launch.evaluate --workdir={workdir}",
           file=sys.stderr)
 
 
 if __name__ == "__main__":
-  flags.run(main)
+  flags.run(main, READS)

@@ -4,6 +4,7 @@ Shapes: B rows, L queries, S keys, H query heads, K key/value heads (H a multipl
 of a head, D model width. Heads come before positions, the order in which decoding reads a cache.
 """
 
+import functools
 from typing import NamedTuple
 
 import jax
@@ -147,9 +148,10 @@ class Attention(nn.Module):
 
   @nn.compact
   def __call__(self, x, *, angles, slots, mask, cache: KeyValues | None):
+    dense = functools.partial(nn.Dense, use_bias=self.use_bias, dtype=self.dtype)
+
     def heads(name, num_heads, norm=None):
-      projected = nn.Dense(num_heads * self.head_dim, use_bias=self.use_bias, dtype=self.dtype,
-                           kernel_init=nn.initializers.lecun_normal(), name=name)(x)
+      projected = dense(num_heads * self.head_dim, name=name)(x)
       split = projected.reshape(*x.shape[:-1], num_heads, self.head_dim)
       return jnp.swapaxes(split if norm is None else norm(split), 1, 2)
 
@@ -165,9 +167,7 @@ class Attention(nn.Module):
     cache = None if cache is None else write(cache, own, slots)
     mixed = attend(query, own if cache is None else cache, mask)
     merged = jnp.swapaxes(mixed, 1, 2).reshape(*x.shape[:-1], -1)
-    out = nn.Dense(x.shape[-1], use_bias=self.use_bias, dtype=self.dtype,
-                   kernel_init=self.output_init, name="output")(merged)
-    return out, cache
+    return dense(x.shape[-1], kernel_init=self.output_init, name="output")(merged), cache
 
 
 class GatedMLP(nn.Module):
@@ -180,9 +180,6 @@ class GatedMLP(nn.Module):
 
   @nn.compact
   def __call__(self, x):
-    def dense(features, name, init=nn.initializers.lecun_normal()):
-      return nn.Dense(features, use_bias=self.use_bias, dtype=self.dtype, kernel_init=init,
-                      name=name)
-
-    gated = nn.silu(dense(self.width, "gate")(x)) * dense(self.width, "up")(x)
-    return dense(x.shape[-1], "down", self.output_init)(gated)
+    dense = functools.partial(nn.Dense, use_bias=self.use_bias, dtype=self.dtype)
+    gated = nn.silu(dense(self.width, name="gate")(x)) * dense(self.width, name="up")(x)
+    return dense(x.shape[-1], kernel_init=self.output_init, name="down")(gated)

@@ -13,6 +13,7 @@ def llama_config(config: transformer.TransformerConfig) -> dict[str, Any]:
   Raises:
     ValueError: the model has something that Llama has not.
   """
+  config = config.resolved()
   unsupported = {
     "positions": config.positions != "rotary", "causal": not config.causal,
     "window": config.window is not None, "qk_norm": config.qk_norm,

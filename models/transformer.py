@@ -1,6 +1,7 @@
 """A decoder-only (or bidirectional) transformer as a LanguageModel."""
 
 import dataclasses
+import functools
 from typing import NamedTuple
 
 import jax
@@ -41,30 +42,39 @@ class TransformerConfig:
   scan_layers: bool = True  # init stacks the layers' params: compile time constant in depth
 
   def __post_init__(self):
-    def default(name, value):
-      if getattr(self, name) is None:
-        object.__setattr__(self, name, value)
-
-    default("num_kv_heads", self.num_heads)
-    default("head_dim", self.width // self.num_heads)
-    default("mlp_width", -(-8 * self.width // 96) * 32)
+    c = self.resolved()
+    sizes = ("vocab_size", "max_length", "num_layers", "width", "num_heads", "num_kv_heads",
+             "head_dim", "mlp_width")
+    for name in sizes:
+      if getattr(c, name) < 1:
+        raise ValueError(f"TransformerConfig: {name}={getattr(c, name)} is not at least 1.")
     checks = {
-      f"num_heads={self.num_heads} is not a multiple of num_kv_heads={self.num_kv_heads}":
-        self.num_heads % self.num_kv_heads == 0,
-      f"positions={self.positions!r} is not one of 'rotary', 'learned', 'none'":
-        self.positions in ("rotary", "learned", "none"),
-      f"head_dim={self.head_dim} is odd: rotary positions turn pairs of channels":
-        self.positions != "rotary" or self.head_dim % 2 == 0,
-      f"position_range={self.position_range} is less than max_length={self.max_length}":
-        self.position_range is None or self.position_range >= self.max_length,
+      f"width={c.width} is not a multiple of num_heads={c.num_heads}: give head_dim":
+        self.head_dim is not None or c.width % c.num_heads == 0,
+      f"num_heads={c.num_heads} is not a multiple of num_kv_heads={c.num_kv_heads}":
+        c.num_heads % c.num_kv_heads == 0,
+      f"positions={c.positions!r} is not one of 'rotary', 'learned', 'none'":
+        c.positions in ("rotary", "learned", "none"),
+      f"head_dim={c.head_dim} is odd: rotary positions turn pairs of channels":
+        c.positions != "rotary" or c.head_dim % 2 == 0,
+      f"position_range={c.position_range} is less than max_length={c.max_length}":
+        c.position_range is None or c.position_range >= c.max_length,
       "position_range is set, but positions='none' has no positions to randomise":
-        self.position_range is None or self.positions != "none",
-      f"window={self.window} is not at least 1": self.window is None or self.window >= 1,
-      f"dropout={self.dropout} is not in [0, 1)": 0 <= self.dropout < 1,
+        c.position_range is None or c.positions != "none",
+      f"window={c.window} is not at least 1": c.window is None or c.window >= 1,
+      f"dropout={c.dropout} is not in [0, 1)": 0 <= c.dropout < 1,
     }
     for message, holds in checks.items():
       if not holds:
         raise ValueError(f"TransformerConfig: {message}.")
+
+  def resolved(self) -> "TransformerConfig":
+    """The same with sizes of None filled in."""
+    sizes = {"num_kv_heads": self.num_heads,
+             "head_dim": self.width // max(self.num_heads, 1),
+             "mlp_width": -(-8 * self.width // 96) * 32}
+    filled = {name: size for name, size in sizes.items() if getattr(self, name) is None}
+    return dataclasses.replace(self, **filled) if filled else self
 
 
 class Cache(NamedTuple):
@@ -127,25 +137,8 @@ def transformer(config: TransformerConfig) -> base.LanguageModel:
   Pre-norm blocks of grouped-query attention and a gated MLP, after Llama (Touvron et al. 2023,
   arXiv 2302.13971).
   """
-  c = config
+  c = config.resolved()
   dtype = jnp.dtype(c.dtype)
-  block = Block(c)
-  final_norm = layers.RMSNorm(c.norm_epsilon)
-  normal = nn.initializers.normal(c.width ** -0.5)
-
-  def init(key, tokens):
-    embed_key, layers_key, positions_key, readout_key = jax.random.split(key, 4)
-    params = {"embedding": normal(embed_key, (c.vocab_size, c.width)),
-              "final_norm": {"scale": jnp.ones(c.width)}}
-    if c.positions == "learned":
-      params["positions"] = normal(positions_key, (c.position_range or c.max_length, c.width))
-    if not c.tied_embeddings:
-      params["readout"] = normal(readout_key, (c.width, c.vocab_size))
-    x = jnp.zeros((*tokens.shape, c.width), dtype)
-    context = layer_context(_slots(None, x), tokens.shape[1])
-    init_layer = lambda key: block.init(key, x, cache=None, deterministic=True, **context)["params"]
-    params["layers"] = jax.vmap(init_layer)(jax.random.split(layers_key, c.num_layers))
-    return params if c.scan_layers else unstack(params)
 
   def init_cache(params, batch_size, max_length):
     del params
@@ -156,42 +149,61 @@ def transformer(config: TransformerConfig) -> base.LanguageModel:
   def embed(params, tokens):
     return params["embedding"][tokens].astype(dtype)
 
-  def layer_context(slots, num_slots, positions=None, mask=None):
-    """What every layer needs to know of positions: rotary angles, slots, and the full mask."""
-    angles = None
-    if c.positions == "rotary":
-      positions = slots if positions is None else positions
-      angles = layers.rotary_angles(positions, c.head_dim, c.rotary_base)
-    own = layers.attention_mask(slots, num_slots, causal=c.causal, window=c.window)
-    return {"angles": angles, "slots": slots, "mask": own if mask is None else own & mask}
-
-  def trunk(params, x, cache=None, *, positions=None, mask=None, key=None):
-    slots = _slots(cache, x)
-    embed_key, position_key, layers_key = (None,) * 3 if key is None else jax.random.split(key, 3)
-    if positions is None:
-      positions = _default_positions(c, slots, position_key)
-    if c.positions == "learned":
-      x = x + params["positions"][positions].astype(dtype)
-    x = nn.Dropout(c.dropout, deterministic=key is None).apply(
-      {}, x, rngs={} if key is None else {"dropout": embed_key})
-    num_slots = x.shape[1] if cache is None else cache.capacity
-    context = layer_context(slots, num_slots, positions, mask)
-
-    def run_block(x, layer, layer_cache, layer_key):
-      rngs = {} if key is None else {"dropout": layer_key}
-      return block.apply({"params": layer}, x, cache=layer_cache, deterministic=key is None,
-                         rngs=rngs, **context)
-
-    x, cache = _run_layers(run_block, c.num_layers, params["layers"], x, cache, layers_key)
-    return final_norm.apply({"params": params["final_norm"]}, x), cache
-
   def readout(params, hidden):
     kernel = params["embedding"].T if c.tied_embeddings else params["readout"]
     logits = jnp.matmul(hidden, kernel.astype(dtype), preferred_element_type=jnp.float32)
     cap = c.logit_softcap
     return logits if cap is None else cap * jnp.tanh(logits / cap)
 
-  return base.LanguageModel(init, init_cache, embed, trunk, readout)
+  return base.LanguageModel(functools.partial(_init, c), init_cache, embed,
+                            functools.partial(_trunk, c), readout)
+
+
+def _init(c, key, tokens):
+  embed_key, layers_key, positions_key, readout_key = jax.random.split(key, 4)
+  normal = nn.initializers.normal(c.width ** -0.5)
+  params = {"embedding": normal(embed_key, (c.vocab_size, c.width)),
+            "final_norm": {"scale": jnp.ones(c.width)}}
+  if c.positions == "learned":
+    params["positions"] = normal(positions_key, (c.position_range or c.max_length, c.width))
+  if not c.tied_embeddings:
+    params["readout"] = normal(readout_key, (c.width, c.vocab_size))
+  x = jnp.zeros((*tokens.shape, c.width), jnp.dtype(c.dtype))
+  slots = _slots(None, x)
+  places = _places(c, slots, slots, num_slots=tokens.shape[1], mask=None)
+
+  def init_layer(key):
+    return Block(c).init(key, x, cache=None, deterministic=True, **places)["params"]
+
+  params["layers"] = jax.vmap(init_layer)(jax.random.split(layers_key, c.num_layers))
+  return params if c.scan_layers else unstack(params)
+
+
+def _trunk(c, params, x, cache=None, *, positions=None, mask=None, key=None):
+  training = key is not None
+  embed_key, position_key, layers_key = jax.random.split(key, 3) if training else (None,) * 3
+  slots = _slots(cache, x)
+  num_slots = x.shape[1] if cache is None else cache.capacity
+  if positions is None:
+    if c.positions == "learned" and num_slots > c.max_length:
+      raise ValueError(f"A sequence of {num_slots} has no learned positions beyond max_length="
+                       f"{c.max_length}: shorten it, or train with a larger max_length.")
+    positions = _default_positions(c, slots, position_key)
+  if c.positions == "learned":
+    x = x + params["positions"][positions].astype(x.dtype)
+  x = nn.Dropout(c.dropout, deterministic=not training).apply({}, x, rngs=_rngs(embed_key))
+  places = _places(c, slots, positions, num_slots, mask)
+
+  def run_layer(x, layer, layer_cache, layer_key):
+    return Block(c).apply({"params": layer}, x, cache=layer_cache, deterministic=not training,
+                          rngs=_rngs(layer_key), **places)
+
+  x, cache = _run_layers(run_layer, c.num_layers, params, x, cache, layers_key)
+  return layers.RMSNorm(c.norm_epsilon).apply({"params": params["final_norm"]}, x), cache
+
+
+def _rngs(key):
+  return {} if key is None else {"dropout": key}
 
 
 def _slots(cache, x):
@@ -201,29 +213,34 @@ def _slots(cache, x):
   return held[:, None] + jnp.arange(length, dtype=jnp.int32)[None, :]
 
 
-def _default_positions(config, slots, key):
+def _default_positions(c, slots, key):
   """Counted, or randomised while training and then spread evenly over the same range."""
-  if config.position_range is None:
+  if c.position_range is None:
     return slots
   if key is None:
-    return slots * (config.position_range // config.max_length)
-  return layers.randomised_positions(key, *slots.shape, config.position_range)
+    return slots * (c.position_range // c.max_length)
+  return layers.randomised_positions(key, *slots.shape, c.position_range)
 
 
-def _run_layers(run_block, num_layers, params, x, cache, key):
+def _places(c, slots, positions, num_slots, mask):
+  """What every layer is told of positions: the rotary angles, the slots, and the whole mask."""
+  rotary = c.positions == "rotary"
+  own = layers.attention_mask(slots, num_slots, causal=c.causal, window=c.window)
+  return {"angles": layers.rotary_angles(positions, c.head_dim, c.rotary_base) if rotary else None,
+          "slots": slots, "mask": own if mask is None else own & mask}
+
+
+def _run_layers(run_layer, num_layers, params, x, cache, key):
   """Applies the layers in order: a scan where their params are stacked and there is no cache."""
   keys = None if key is None else jax.random.split(key, num_layers)
-  if cache is None and isinstance(params, dict):
+  if cache is None and isinstance(params["layers"], dict):
     def body(x, layer):
-      params, layer_key = layer
-      return run_block(x, params, None, layer_key)[0], None
-    return jax.lax.scan(body, x, (params, keys))[0], None
-  params = unstack({"layers": params})["layers"]
-  caches = []
-  for i, layer in enumerate(params):
+      layer_params, layer_key = layer
+      return run_layer(x, layer_params, None, layer_key)[0], None
+    return jax.lax.scan(body, x, (params["layers"], keys))[0], None
+  written = []
+  for i, layer in enumerate(unstack(params)["layers"]):
     held = None if cache is None else cache.layers[i]
-    x, held = run_block(x, layer, held, None if keys is None else keys[i])
-    caches.append(held)
-  if cache is None:
-    return x, None
-  return x, Cache(cache.length + x.shape[1], tuple(caches))
+    x, held = run_layer(x, layer, held, None if keys is None else keys[i])
+    written.append(held)
+  return x, None if cache is None else Cache(cache.length + x.shape[1], tuple(written))

@@ -77,7 +77,7 @@ def pad_prompts(prompts: Sequence[Sequence[int]], *, vocab_size: int, max_length
   Raises:
     ValueError: no prompt, an empty or too long one, or a token outside the vocabulary.
   """
-  if not prompts:
+  if len(prompts) == 0:
     raise ValueError("There are no prompts: give at least one.")
   room = max_length - max_new_tokens
   for row, prompt in enumerate(prompts):

@@ -75,6 +75,12 @@ def _per_row(value) -> jax.Array:
   return jnp.asarray(value).reshape(-1, 1)
 
 
+def _check(name: str, value, holds: Callable[[Any], bool], rule: str) -> None:
+  """Refuses a bad Python number; the values of an array are known only when it runs."""
+  if isinstance(value, int | float) and not holds(value):
+    raise ValueError(f"{name}({value}): it has to be {rule}.")
+
+
 def _argmax_only(logits):
   vocabulary = jnp.arange(logits.shape[-1])[None, :]
   return jnp.where(vocabulary == jnp.argmax(logits, axis=-1, keepdims=True), logits, -jnp.inf)
@@ -91,10 +97,12 @@ def temperature(value: float | jax.Array) -> LogitsTransform:
   Args:
     value: T >= 0, scalar or [B].
   """
+  _check("temperature", value, lambda t: t >= 0, "at least 0")
 
   def apply(logits):
     t = _per_row(value).astype(logits.dtype)
-    return jnp.where(t > 0, logits / jnp.where(t > 0, t, 1), _argmax_only(logits))
+    below_most_likely = logits - jnp.max(logits, axis=-1, keepdims=True)  # no overflow at small T
+    return jnp.where(t > 0, below_most_likely / jnp.where(t > 0, t, 1), _argmax_only(logits))
 
   return stateless(apply)
 
@@ -108,6 +116,7 @@ def top_k(k: int | jax.Array) -> LogitsTransform:
   Args:
     k: at least 1, scalar or [B].
   """
+  _check("top_k", k, lambda k: k >= 1, "at least 1; to keep everything, leave it out")
 
   def apply(logits):
     least = jnp.minimum(_per_row(k), logits.shape[-1])
@@ -127,6 +136,7 @@ def top_p(p: float | jax.Array) -> LogitsTransform:
 
   Reference: Holtzman et al. 2019, arXiv 1904.09751, equations 2 and 3.
   """
+  _check("top_p", p, lambda p: 0 < p <= 1, "in (0, 1]")
 
   def apply(logits):
     probabilities = jax.nn.softmax(logits, axis=-1)

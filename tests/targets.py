@@ -1,4 +1,4 @@
-"""Targets that tests share: small models with fixed params, and how far a sample may be from a law."""
+"""Targets that tests share: small models with fixed params, and the noise of a sampled law."""
 
 import functools
 

@@ -67,7 +67,8 @@ def chunked_cross_entropy(
   return jnp.sum(losses, axis=0), jnp.sum(right, axis=0)
 
 
-def next_token(model: models.LanguageModel, *, chunk: int = 256, z_loss: float = 0.0) -> step.LossFn:
+def next_token(model: models.LanguageModel, *, chunk: int = 256,
+               z_loss: float = 0.0) -> step.LossFn:
   """The loss of predicting each target from the tokens before it.
 
   The batch has `tokens`, `targets` and `mask`, [B, L], and when several documents share a row

@@ -61,8 +61,9 @@ def fit(
 ) -> state_lib.TrainState:
   """Trains until `num_steps` steps are made in all, from wherever `state` stands.
 
-  SIGTERM and SIGINT let the step under way finish; then it saves and raises. At a step that calls
-  for several, evaluation comes before saving, so the checkpoint can carry its result.
+  SIGTERM and SIGINT let the step under way finish; then it saves and raises, unless that step was
+  the last. At a step that calls for several, evaluation comes before saving, so the checkpoint can
+  carry its result.
 
   Args:
     state: to start from; donated if `step` donates.
@@ -88,8 +89,8 @@ def fit(
       done += 1
       progress(done)
       due = lambda every: done % every.period == 0 or done == num_steps  # noqa: B023
-      stop = interrupted()
-      if due(write) or due(save) or stop:
+      stop = interrupted() if done < num_steps else None
+      if due(write) or due(evaluate) or due(save) or stop:
         _check_finite(done, metrics)
       if due(write):
         write.action(done, {name: float(value) for name, value in metrics.items()})

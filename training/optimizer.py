@@ -9,7 +9,7 @@ import optax
 def warmup_cosine(peak: float, *, num_steps: int, warmup_steps: int,
                   final_fraction: float = 0.1) -> optax.Schedule:
   """Linear from 0 to `peak`, then half a cosine to `final_fraction * peak` at `num_steps`."""
-  _check_fits(num_steps, warmup_steps, 0)
+  _check_fits(num_steps, warmup_steps, 1)
   return optax.warmup_cosine_decay_schedule(0.0, peak, warmup_steps, num_steps,
                                             final_fraction * peak)
 
@@ -32,9 +32,9 @@ def warmup_stable_decay(peak: float, *, num_steps: int, warmup_steps: int,
 
 
 def _check_fits(num_steps: int, warmup_steps: int, decay_steps: int) -> None:
-  if warmup_steps + decay_steps >= num_steps:
-    raise ValueError(f"warmup_steps={warmup_steps} and {decay_steps} steps of decay do not leave "
-                     f"room in num_steps={num_steps}: lower warmup_steps or raise num_steps.")
+  if warmup_steps + decay_steps > num_steps:
+    raise ValueError(f"warmup_steps={warmup_steps} and {decay_steps} steps of decay are more than "
+                     f"num_steps={num_steps}: lower warmup_steps or raise num_steps.")
 
 
 def _name(path) -> str:

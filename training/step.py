@@ -50,7 +50,7 @@ def train_step(key: jax.Array, state: state_lib.TrainState, batch: Batch, *, los
   keys = jax.random.split(jax.random.fold_in(key, state.step), num_microbatches)
   slices = keys, jax.tree.map(
     lambda x: jnp.swapaxes(x.reshape(-1, num_microbatches, *x.shape[1:]), 0, 1), batch)
-  first = jax.tree.map(lambda x: x[0], slices)
+  first = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape[1:], x.dtype), slices)
   zeros = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype),
                        jax.eval_shape(gradient, state.params, *first))
   ((loss, metrics), gradients), _ = jax.lax.scan(accumulate, zeros, slices)
@@ -61,6 +61,6 @@ def train_step(key: jax.Array, state: state_lib.TrainState, batch: Batch, *, los
   updates, optimizer_state = optimizer.update(gradients, state.optimizer, state.params)
   params = optax.apply_updates(state.params, updates)
   average = averaging.update(state.average, params, state.step)
-  metrics = {"loss": mean(loss), "gradient_norm": optax.global_norm(gradients), "weight": weight,
+  metrics = {"loss": mean(loss), "gradient_norm": optax.tree.norm(gradients), "weight": weight,
              **jax.tree.map(mean, metrics)}
   return state_lib.TrainState(state.step + 1, params, optimizer_state, average), metrics

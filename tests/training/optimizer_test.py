@@ -40,7 +40,7 @@ def test_schedules_without_warmup_start_at_the_peak(schedule):
 
 @pytest.mark.parametrize("schedule", [optimizer.warmup_cosine, optimizer.warmup_stable_decay])
 def test_schedules_refuse_a_warmup_as_long_as_the_run(schedule):
-  with pytest.raises(ValueError, match="warmup_steps=10.*num_steps=10") as error:
+  with pytest.raises(ValueError, match=r"warmup_steps=10.*num_steps=10") as error:
     schedule(1.0, num_steps=10, warmup_steps=10)
   assert "\n" not in str(error.value)
 

@@ -113,7 +113,7 @@ def test_microbatches_do_not_change_a_transformers_step():
   batch = token_batch(0)
   held = start(made, params, averaging)
   runs = [jax.jit(stepper(made, likelihood.next_token(model, chunk=5), averaging, n))(held, batch)
-          for n in (1, 2, 4)]
+          for n in (1, 4)]  # 2 and 8 too in the regression above
   for other, metrics in runs[1:]:
     close(other, runs[0][0])
     close(metrics, runs[0][1])

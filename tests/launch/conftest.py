@@ -1,0 +1,85 @@
+"""Binaries run inside the test's process, tiny overrides of a configuration, and snapshots."""
+
+import os
+import pathlib
+import sys
+import warnings
+from typing import NamedTuple
+
+import jax
+import pytest
+from absl import flags as absl_flags
+from absl.testing import flagsaver
+
+from ancestral.launch import flags
+
+ROOT = pathlib.Path(__file__).parents[2]
+
+
+@pytest.fixture(scope="session", autouse=True)
+def compiled_once(tmp_path_factory):
+  """Runs of one shape share their compiled programs, those in other processes too."""
+  folder = str(tmp_path_factory.mktemp("compiled"))
+  settings = {"jax_compilation_cache_dir": folder, "jax_persistent_cache_min_compile_time_secs": 0.0}
+  before = {name: getattr(jax.config, name) for name in settings}
+  for name, value in settings.items():
+    jax.config.update(name, value)
+    os.environ[name.upper()] = str(value)
+  yield
+  for name, value in before.items():
+    jax.config.update(name, value)
+    del os.environ[name.upper()]
+
+
+class Outcome(NamedTuple):
+  status: int
+  out: str
+  err: str
+
+
+@pytest.fixture
+def command(monkeypatch, capsys):
+  """(binary, *arguments) -> Outcome, as `python -m` would have it but for the process."""
+
+  def run(binary, *arguments):
+    argv = [binary.__name__, *map(str, arguments)]
+    monkeypatch.setattr(sys, "argv", argv)  # config_flags looks for overrides there
+    capsys.readouterr()
+    status = 0
+    with flagsaver.flagsaver(), warnings.catch_warnings():
+      warnings.filterwarnings("ignore", r"the load_module\(\) method", DeprecationWarning)
+      absl_flags.FLAGS.unparse_flags()
+      try:
+        binary.main(flags.parse(argv, binary.READS))
+      except SystemExit as stop:
+        status = stop.code
+    return Outcome(status, *capsys.readouterr())
+
+  return run
+
+
+def _overrides(fields):
+  return [f"--config.{field}={value}" for field, value in fields.items()]
+
+
+@pytest.fixture(scope="session")
+def tiny():
+  """(config, **fields with __ for the dot) -> arguments of a run that takes a second."""
+
+  def arguments(config="arithmetic.py", **fields):
+    return [f"--config={ROOT / 'configs' / config}", *_overrides({
+      "model.num_layers": 1, "model.width": 16, "model.num_heads": 2, "train.num_steps": 4,
+      "train.batch_size": 8, "optimizer.warmup_steps": 1, "train.save_every": 2,
+      "train.log_every": 1, "train.evaluate_every": 4, "evaluation.batch_size": 8,
+      **({"evaluation.num_problems": 3, "evaluation.num_samples": 2}
+         if config.startswith("arithmetic") else {"evaluation.num_batches": 2}),
+      **{name.replace("__", "."): value for name, value in fields.items()}})]
+
+  return arguments
+
+
+@pytest.fixture(scope="session")
+def snapshot():
+  """(folder) -> every file's bytes, to see that nothing changed; {} where there is no folder."""
+  return lambda folder: {path.relative_to(folder): path.read_bytes() if path.is_file() else None
+                         for path in pathlib.Path(folder).rglob("*")}
