@@ -17,7 +17,7 @@ class BuildPy(build_py.build_py):
 
 
 setuptools.setup(
-    packages=["ancestral", *(f"ancestral.{folder}" for folder in FOLDERS)],
-    package_dir={"ancestral": "."},
-    cmdclass={"build_py": BuildPy},
+  packages=["ancestral", *(f"ancestral.{folder}" for folder in FOLDERS)],
+  package_dir={"ancestral": "."},
+  cmdclass={"build_py": BuildPy},
 )

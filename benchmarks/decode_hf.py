@@ -5,9 +5,9 @@
 
 Both draw at temperature 1 from the full vocabulary, from the same prompts, for a fixed number of
 new tokens. On CPU the peer is `generate` with its default cache; on a GPU also `generate` with its
-static cache, which it compiles, in the model's dtype. Repetitions alternate between the systems, and the
-best of each is reported, so a busy machine slows both. The bound is the time to read every weight
-once a step, at the bandwidth measured by this run with a copy of 256 MiB.
+static cache, which it compiles. Repetitions alternate between the systems, and the best of each is
+reported, so a busy machine slows both. The bound is the time to read every weight once a step, at
+the bandwidth that this run measures by reading 256 MiB.
 """
 
 import json
@@ -30,8 +30,14 @@ _REPEATS = flags.DEFINE_integer("repeats", 5, "Timed repetitions of each system.
 _DTYPE = flags.DEFINE_enum("dtype", "float32", ["float32", "bfloat16"], "Of weights and compute.")
 _JSON = flags.DEFINE_string("json", None, "File for the result table.")
 
-CONFIG = {"vocab_size": 8192, "max_length": 1024, "num_layers": 8, "width": 512, "num_heads": 8,
-          "mlp_width": 1376}
+CONFIG = {
+  "vocab_size": 8192,
+  "max_length": 1024,
+  "num_layers": 8,
+  "width": 512,
+  "num_heads": 8,
+  "mlp_width": 1376,
+}
 
 
 def ours(config, params, tokens, new_tokens):
@@ -57,8 +63,10 @@ def theirs(config, params, tokens, new_tokens, **kwargs):
 
   device = "cuda" if jax.default_backend() == "gpu" else "cpu"
   model = transformers.LlamaForCausalLM(
-    transformers.LlamaConfig(**pretrained.llama_config(config), bos_token_id=None, eos_token_id=None,
-                             pad_token_id=0))
+    transformers.LlamaConfig(
+      **pretrained.llama_config(config), bos_token_id=None, eos_token_id=None, pad_token_id=0
+    )
+  )
   state = {k: torch.from_numpy(v) for k, v in pretrained.llama_state_dict(params).items()}
   model.load_state_dict(state)
   model = model.to(device, getattr(torch, config.dtype)).eval()
@@ -66,8 +74,15 @@ def theirs(config, params, tokens, new_tokens, **kwargs):
 
   def sample():
     with torch.inference_mode():
-      out = model.generate(inputs, attention_mask=torch.ones_like(inputs), do_sample=True,
-                           top_k=0, min_new_tokens=new_tokens, max_new_tokens=new_tokens, **kwargs)
+      out = model.generate(
+        inputs,
+        attention_mask=torch.ones_like(inputs),
+        do_sample=True,
+        top_k=0,
+        min_new_tokens=new_tokens,
+        max_new_tokens=new_tokens,
+        **kwargs,
+      )
     return out.cpu()
 
   return sample, lambda: model(inputs).logits.detach().float().cpu().numpy()
@@ -99,8 +114,9 @@ def compare(config, params, batch_size) -> dict:
   difference = np.abs(model.readout(params, hidden) - logits()).max()
   systems = {"ancestral": ours(config, params, tokens, new_tokens), "transformers": generate}
   if jax.default_backend() == "gpu":
-    systems["transformers_static"], _ = theirs(config, params, tokens, new_tokens,
-                                               cache_implementation="static")
+    systems["transformers_static"], _ = theirs(
+      config, params, tokens, new_tokens, cache_implementation="static"
+    )
   first = {name: seconds(run) for name, run in systems.items()}
   timed = {name: [] for name in systems}
   for _ in range(_REPEATS.value):
@@ -108,10 +124,15 @@ def compare(config, params, batch_size) -> dict:
       timed[name].append(seconds(run))
   drawn = batch_size * new_tokens
   rates = {name: drawn / min(times) for name, times in timed.items()}
-  row = {"batch": batch_size, "logits_max_abs_difference": float(difference),
-         "tokens_per_second": rates, "first_call_seconds": first,
-         "ratio": {name: rates["ancestral"] / rate for name, rate in rates.items()
-                   if name != "ancestral"}}
+  row = {
+    "batch": batch_size,
+    "logits_max_abs_difference": float(difference),
+    "tokens_per_second": rates,
+    "first_call_seconds": first,
+    "ratio": {
+      name: rates["ancestral"] / rate for name, rate in rates.items() if name != "ancestral"
+    },
+  }
   return row
 
 
@@ -125,8 +146,10 @@ def main(_):
   count = sum(leaf.size for leaf in jax.tree.leaves(params))
   bytes_per_second = bandwidth()
   read = count * jnp.dtype(config.dtype).itemsize
-  print(f"{count / 1e6:.1f}M parameters, {config.dtype}; memory {bytes_per_second / 1e9:.1f} GB/s: "
-        f"at most {bytes_per_second / read:.0f} steps/s")
+  print(
+    f"{count / 1e6:.1f}M parameters, {config.dtype}; memory {bytes_per_second / 1e9:.1f} GB/s: "
+    f"at most {bytes_per_second / read:.0f} steps/s"
+  )
   rows = []
   for batch_size in map(int, _BATCHES.value):
     row = compare(config, params, batch_size)
@@ -134,15 +157,27 @@ def main(_):
     rows.append(row)
     rates = ", ".join(f"{name} {rate:.0f}" for name, rate in row["tokens_per_second"].items())
     ratios = ", ".join(f"{ratio:.2f}x {name}" for name, ratio in row["ratio"].items())
-    print(f"batch {batch_size}: {rates} tokens/s; {ratios}; bound "
-          f"{row['bandwidth_bound_tokens_per_second']:.0f}; logits differ by at most "
-          f"{row['logits_max_abs_difference']:.1e}")
+    print(
+      f"batch {batch_size}: {rates} tokens/s; {ratios}; bound "
+      f"{row['bandwidth_bound_tokens_per_second']:.0f}; logits differ by at most "
+      f"{row['logits_max_abs_difference']:.1e}"
+    )
   if _JSON.value:
-    result = {"date": time.strftime("%Y-%m-%d"), "device": jax.devices()[0].device_kind,
-              "machine": platform.machine(), "dtype": config.dtype, "parameters": count,
-              "new_tokens": _NEW_TOKENS.value, "bytes_per_second": bytes_per_second,
-              "versions": {"jax": jax.__version__, "torch": torch.__version__,
-                           "transformers": transformers.__version__}, "rows": rows}
+    result = {
+      "date": time.strftime("%Y-%m-%d"),
+      "device": jax.devices()[0].device_kind,
+      "machine": platform.machine(),
+      "dtype": config.dtype,
+      "parameters": count,
+      "new_tokens": _NEW_TOKENS.value,
+      "bytes_per_second": bytes_per_second,
+      "versions": {
+        "jax": jax.__version__,
+        "torch": torch.__version__,
+        "transformers": transformers.__version__,
+      },
+      "rows": rows,
+    }
     with open(_JSON.value, "w") as file:
       json.dump(result, file, indent=1)
 

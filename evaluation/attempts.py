@@ -43,17 +43,26 @@ class Response(NamedTuple):
   log_prob: float  # of its tokens, under the law they were drawn from
 
 
-def respond(sample: Sample, tokenizer: tokenizers.Tokenizer, texts: Sequence[str], key: jax.Array,
-            *, num_samples: int, batch_size: int, max_length: int,
-            max_new_tokens: int) -> list[list[Response]]:
+def respond(
+  sample: Sample,
+  tokenizer: tokenizers.Tokenizer,
+  texts: Sequence[str],
+  key: jax.Array,
+  *,
+  num_samples: int,
+  batch_size: int,
+  max_length: int,
+  max_new_tokens: int,
+) -> list[list[Response]]:
   """`num_samples` continuations of each text, drawn in batches of one shape.
 
   Sample j of text i is request i * num_samples + j of the run `key`, so it does not depend on the
   batch size, nor on the other texts unless they change its bucket of padding.
   """
   encoded = [[tokenizer.bos, *tokenizer.encode(text)] for text in texts]
-  prompts = decode.pad_prompts(encoded, vocab_size=tokenizer.vocab_size, max_length=max_length,
-                               max_new_tokens=max_new_tokens)
+  prompts = decode.pad_prompts(
+    encoded, vocab_size=tokenizer.vocab_size, max_length=max_length, max_new_tokens=max_new_tokens
+  )
   requests = np.arange(len(texts) * num_samples)
   responses = []
   for first in range(0, len(requests), batch_size):
@@ -63,11 +72,11 @@ def respond(sample: Sample, tokenizer: tokenizers.Tokenizer, texts: Sequence[str
     rows = jax.tree.map(lambda leaf, batch=batch: leaf[batch // num_samples], prompts)
     samples = jax.device_get(sample(keys, rows))
     responses += [_response(tokenizer, samples, row) for row in range(batch_size)]
-  return [responses[i * num_samples:(i + 1) * num_samples] for i in range(len(texts))]
+  return [responses[i * num_samples : (i + 1) * num_samples] for i in range(len(texts))]
 
 
 def _response(tokenizer, samples, row) -> Response:
-  drawn = samples.tokens[row, samples.prompt_length[row]:samples.length[row]].tolist()
+  drawn = samples.tokens[row, samples.prompt_length[row] : samples.length[row]].tolist()
   fault = ""
   if tokenizer.eos not in drawn:
     fault = f"did not end within {len(drawn)} tokens"
@@ -76,14 +85,27 @@ def _response(tokenizer, samples, row) -> Response:
   return Response(tokenizer.decode(drawn), fault, float(samples.log_prob[row].sum()))
 
 
-def attempt(sample: Sample, task: tasks.Task, problems: Sequence[tasks.Problem], key: jax.Array, *,
-            max_new_tokens: int, **kwargs) -> list[Attempt]:
+def attempt(
+  sample: Sample,
+  task: tasks.Task,
+  problems: Sequence[tasks.Problem],
+  key: jax.Array,
+  *,
+  max_new_tokens: int,
+  **kwargs,
+) -> list[Attempt]:
   """Lets the model answer each problem and verifies every answer; see `respond`.
 
   An answer that has not ended is wrong, however right it looks so far.
   """
-  responses = respond(sample, task.tokenizer, [problem.prompt for problem in problems], key,
-                      max_new_tokens=max_new_tokens, **kwargs)
+  responses = respond(
+    sample,
+    task.tokenizer,
+    [problem.prompt for problem in problems],
+    key,
+    max_new_tokens=max_new_tokens,
+    **kwargs,
+  )
 
   def verdict(problem, response):
     if response.fault:
@@ -91,9 +113,13 @@ def attempt(sample: Sample, task: tasks.Task, problems: Sequence[tasks.Problem],
     return task.verify(problem, response.text)
 
   return [
-    Attempt(problem, tuple(response.text for response in row),
-            tuple(verdict(problem, response) for response in row))
-    for problem, row in zip(problems, responses, strict=True)]
+    Attempt(
+      problem,
+      tuple(response.text for response in row),
+      tuple(verdict(problem, response) for response in row),
+    )
+    for problem, row in zip(problems, responses, strict=True)
+  ]
 
 
 def summarise(attempts: Sequence[Attempt]) -> dict[str, tuple[coverage.Row, ...]]:

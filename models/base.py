@@ -55,7 +55,8 @@ Denoiser = Callable[[jax.Array, jax.Array], jax.Array]
 Predictor = Callable[[jax.Array, jax.Array], jax.Array]
 
 
-def apply(model: LanguageModel, params: Params, tokens: jax.Array, cache: Cache | None = None,
-          **kwargs) -> tuple[jax.Array, Cache | None]:
+def apply(
+  model: LanguageModel, params: Params, tokens: jax.Array, cache: Cache | None = None, **kwargs
+) -> tuple[jax.Array, Cache | None]:
   """Hidden states [B, L, D] of tokens [B, L], and the cache that now holds them; see `trunk`."""
   return model.trunk(params, model.embed(params, tokens), cache, **kwargs)

@@ -66,8 +66,9 @@ def attend(query: jax.Array, key_values: KeyValues, mask: jax.Array) -> jax.Arra
   largest = jnp.max(scores, axis=-1, keepdims=True, initial=jnp.finfo(jnp.float32).min)
   weights = jnp.exp(scores - jax.lax.stop_gradient(largest))
   total = jnp.sum(weights, axis=-1, keepdims=True)
-  mixed = jnp.einsum("bkgls,bksc->bkglc", weights.astype(values.dtype), values,
-                     preferred_element_type=jnp.float32)
+  mixed = jnp.einsum(
+    "bkgls,bksc->bkglc", weights.astype(values.dtype), values, preferred_element_type=jnp.float32
+  )
   mixed = mixed / jnp.where(total > 0, total, 1)
   return mixed.astype(query.dtype).reshape(batch, num_heads, length, channels)
 

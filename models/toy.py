@@ -19,8 +19,10 @@ class TokenCache(NamedTuple):
 
 
 def from_conditionals(
-    init: Callable[[jax.Array], base.Params], vocab_size: int,
-    next_logits: Callable[[base.Params, jax.Array, jax.Array], jax.Array]) -> base.LanguageModel:
+  init: Callable[[jax.Array], base.Params],
+  vocab_size: int,
+  next_logits: Callable[[base.Params, jax.Array, jax.Array], jax.Array],
+) -> base.LanguageModel:
   """The language model with log p(x_t | x_<t) = next_logits(params, tokens [S], t) up to Z.
 
   `next_logits` sees one row; entries of `tokens` at t and beyond are not to be read. Hidden states
@@ -29,13 +31,16 @@ def from_conditionals(
 
   def init_cache(params, batch_size, max_length):
     del params
-    return TokenCache(jnp.zeros(batch_size, jnp.int32),
-                      jnp.zeros((batch_size, max_length), jnp.int32))
+    return TokenCache(
+      jnp.zeros(batch_size, jnp.int32), jnp.zeros((batch_size, max_length), jnp.int32)
+    )
 
   def trunk(params, x, cache=None, *, positions=None, mask=None, key=None):
     if positions is not None or mask is not None:
-      raise ValueError("A toy model counts its own positions and reads the whole prefix: call it "
-                       "without positions and mask.")
+      raise ValueError(
+        "A toy model counts its own positions and reads the whole prefix: call it "
+        "without positions and mask."
+      )
     del key
     new = jnp.argmax(x, axis=-1).astype(jnp.int32)
     batch_size, length = new.shape
@@ -52,7 +57,8 @@ def from_conditionals(
     init_cache=init_cache,
     embed=lambda params, tokens: jax.nn.one_hot(tokens, vocab_size),
     trunk=trunk,
-    readout=lambda params, hidden: hidden.astype(jnp.float32))
+    readout=lambda params, hidden: hidden.astype(jnp.float32),
+  )
 
 
 def table(vocab_size: int, order: int) -> base.LanguageModel:
@@ -66,8 +72,9 @@ def table(vocab_size: int, order: int) -> base.LanguageModel:
     recent = jnp.where(places >= 0, tokens[jnp.maximum(places, 0)], 0)
     return params[tuple(recent)]
 
-  return from_conditionals(lambda key: jax.random.normal(key, (vocab_size,) * (order + 1)),
-                           vocab_size, next_logits)
+  return from_conditionals(
+    lambda key: jax.random.normal(key, (vocab_size,) * (order + 1)), vocab_size, next_logits
+  )
 
 
 def markov(vocab_size: int) -> base.LanguageModel:
@@ -103,7 +110,7 @@ def table_law(conditional: np.ndarray, prompt: tuple[int, ...], num_tokens: int)
   for tokens in itertools.product(range(vocab_size), repeat=num_tokens):
     sequence = (0,) * order + tuple(prompt) + tokens
     for t in range(len(sequence) - num_tokens, len(sequence)):
-      law[tokens] *= conditional[sequence[t - order:t]][sequence[t]]
+      law[tokens] *= conditional[sequence[t - order : t]][sequence[t]]
   return law
 
 
@@ -115,8 +122,11 @@ class GaussianMixture(NamedTuple):
   variances: jax.Array  # [K]
 
 
-def mixture_denoiser(mixture: GaussianMixture, alpha: Callable[[jax.Array], jax.Array],
-                     sigma: Callable[[jax.Array], jax.Array]) -> base.Denoiser:
+def mixture_denoiser(
+  mixture: GaussianMixture,
+  alpha: Callable[[jax.Array], jax.Array],
+  sigma: Callable[[jax.Array], jax.Array],
+) -> base.Denoiser:
   """E[x_0 | x_t] for x_0 from the mixture and x_t = alpha(t) x_0 + sigma(t) z, z ~ N(0, I).
 
   Given component k, x_t ~ N(alpha m_k, (alpha^2 v_k + sigma^2) I), so the posterior weights are
@@ -132,7 +142,8 @@ def mixture_denoiser(mixture: GaussianMixture, alpha: Callable[[jax.Array], jax.
     residual = x[:, None, :] - (a * means)[None]  # [B, K, D]
     log_weight = (jnp.log(weights) - 0.5 * means.shape[1] * jnp.log(total))[None, :]
     posterior = jax.nn.softmax(
-      log_weight - 0.5 * jnp.sum(jnp.square(residual), -1) / total[None, :], axis=-1)
+      log_weight - 0.5 * jnp.sum(jnp.square(residual), -1) / total[None, :], axis=-1
+    )
     mean = means[None] + (a * variances / total)[None, :, None] * residual
     return jnp.sum(posterior[:, :, None] * mean, axis=1)
 

@@ -43,38 +43,41 @@ class TransformerConfig:
 
   def __post_init__(self):
     c = self.resolved()
-    sizes = ("vocab_size", "max_length", "num_layers", "width", "num_heads", "num_kv_heads",
-             "head_dim", "mlp_width")
-    for name in sizes:
-      if getattr(c, name) < 1:
-        raise ValueError(f"TransformerConfig: {name}={getattr(c, name)} is not at least 1.")
-    checks = {
-      f"width={c.width} is not a multiple of num_heads={c.num_heads}: give head_dim":
-        self.head_dim is not None or c.width % c.num_heads == 0,
-      f"num_heads={c.num_heads} is not a multiple of num_kv_heads={c.num_kv_heads}":
-        c.num_heads % c.num_kv_heads == 0,
-      f"positions={c.positions!r} is not one of 'rotary', 'learned', 'none'":
-        c.positions in ("rotary", "learned", "none"),
-      f"head_dim={c.head_dim} is odd: rotary positions turn pairs of channels":
-        c.positions != "rotary" or c.head_dim % 2 == 0,
-      f"position_range={c.position_range} is less than max_length={c.max_length}":
-        c.position_range is None or c.position_range >= c.max_length,
-      "position_range is set, but positions='none' has no positions to randomise":
-        c.position_range is None or c.positions != "none",
-      f"window={c.window} is not at least 1": c.window is None or c.window >= 1,
-      f"dropout={c.dropout} is not in [0, 1)": 0 <= c.dropout < 1,
-    }
-    for message, holds in checks.items():
-      if not holds:
-        raise ValueError(f"TransformerConfig: {message}.")
+    for name in ("vocab_size", "max_length", "num_layers", "width", "num_heads", *_DERIVED):
+      _require(getattr(c, name) >= 1, f"{name}={getattr(c, name)} is not at least 1")
+    heads, kv_heads, span = c.num_heads, c.num_kv_heads, c.position_range
+    divides = self.head_dim is not None or c.width % heads == 0
+    _require(divides, f"width={c.width} is not a multiple of num_heads={heads}: give head_dim")
+    _require(
+      heads % kv_heads == 0, f"num_heads={heads} is not a multiple of num_kv_heads={kv_heads}"
+    )
+    kinds = ("rotary", "learned", "none")
+    _require(c.positions in kinds, f"positions={c.positions!r} is not one of {kinds}")
+    even = c.positions != "rotary" or c.head_dim % 2 == 0
+    _require(even, f"head_dim={c.head_dim} is odd: rotary positions turn pairs of channels")
+    wide = span is None or span >= c.max_length
+    _require(wide, f"position_range={span} is less than max_length={c.max_length}")
+    randomised = span is not None and c.positions == "none"
+    _require(not randomised, "positions='none' leaves position_range nothing to randomise")
+    _require(c.window is None or c.window >= 1, f"window={c.window} is not at least 1")
+    _require(0 <= c.dropout < 1, f"dropout={c.dropout} is not in [0, 1)")
 
   def resolved(self) -> "TransformerConfig":
     """The same with sizes of None filled in."""
-    sizes = {"num_kv_heads": self.num_heads,
-             "head_dim": self.width // max(self.num_heads, 1),
-             "mlp_width": -(-8 * self.width // 96) * 32}
-    filled = {name: size for name, size in sizes.items() if getattr(self, name) is None}
+    filled = {name: size(self) for name, size in _DERIVED.items() if getattr(self, name) is None}
     return dataclasses.replace(self, **filled) if filled else self
+
+
+_DERIVED = {
+  "num_kv_heads": lambda config: config.num_heads,
+  "head_dim": lambda config: config.width // max(config.num_heads, 1),
+  "mlp_width": lambda config: -(-8 * config.width // 96) * 32,
+}
+
+
+def _require(holds: bool, rule: str) -> None:
+  if not holds:
+    raise ValueError(f"TransformerConfig: {rule}.")
 
 
 class Cache(NamedTuple):
@@ -101,10 +104,23 @@ class Block(nn.Module):
     output_init = nn.initializers.variance_scaling(1 / (2 * c.num_layers), "fan_in", "normal")
     dropout = nn.Dropout(c.dropout, deterministic=deterministic)
     attention = layers.Attention(
-      c.num_heads, c.num_kv_heads, c.head_dim, c.use_bias, c.qk_norm, c.norm_epsilon, output_init,
-      dtype, name="attention")
-    mixed, cache = attention(layers.RMSNorm(c.norm_epsilon, name="attention_norm")(x),
-                             angles=angles, slots=slots, mask=mask, cache=cache)
+      num_heads=c.num_heads,
+      num_kv_heads=c.num_kv_heads,
+      head_dim=c.head_dim,
+      use_bias=c.use_bias,
+      qk_norm=c.qk_norm,
+      norm_epsilon=c.norm_epsilon,
+      output_init=output_init,
+      dtype=dtype,
+      name="attention",
+    )
+    mixed, cache = attention(
+      layers.RMSNorm(c.norm_epsilon, name="attention_norm")(x),
+      angles=angles,
+      slots=slots,
+      mask=mask,
+      cache=cache,
+    )
     x = x + dropout(mixed)
     mlp = layers.GatedMLP(c.mlp_width, c.use_bias, output_init, dtype, name="mlp")
     return x + dropout(mlp(layers.RMSNorm(c.norm_epsilon, name="mlp_norm")(x))), cache
@@ -127,8 +143,10 @@ def unstack(params: base.Params) -> base.Params:
   if not isinstance(stacked, dict):
     return params
   num_layers = jax.tree.leaves(stacked)[0].shape[0]
-  return {**params, "layers": tuple(jax.tree.map(lambda leaf, i=i: leaf[i], stacked)
-                                    for i in range(num_layers))}
+  return {
+    **params,
+    "layers": tuple(jax.tree.map(lambda leaf, i=i: leaf[i], stacked) for i in range(num_layers)),
+  }
 
 
 def transformer(config: TransformerConfig) -> base.LanguageModel:
@@ -155,15 +173,18 @@ def transformer(config: TransformerConfig) -> base.LanguageModel:
     cap = c.logit_softcap
     return logits if cap is None else cap * jnp.tanh(logits / cap)
 
-  return base.LanguageModel(functools.partial(_init, c), init_cache, embed,
-                            functools.partial(_trunk, c), readout)
+  return base.LanguageModel(
+    functools.partial(_init, c), init_cache, embed, functools.partial(_trunk, c), readout
+  )
 
 
 def _init(c, key, tokens):
   embed_key, layers_key, positions_key, readout_key = jax.random.split(key, 4)
-  normal = nn.initializers.normal(c.width ** -0.5)
-  params = {"embedding": normal(embed_key, (c.vocab_size, c.width)),
-            "final_norm": {"scale": jnp.ones(c.width)}}
+  normal = nn.initializers.normal(c.width**-0.5)
+  params = {
+    "embedding": normal(embed_key, (c.vocab_size, c.width)),
+    "final_norm": {"scale": jnp.ones(c.width)},
+  }
   if c.positions == "learned":
     params["positions"] = normal(positions_key, (c.position_range or c.max_length, c.width))
   if not c.tied_embeddings:
@@ -186,8 +207,10 @@ def _trunk(c, params, x, cache=None, *, positions=None, mask=None, key=None):
   num_slots = x.shape[1] if cache is None else cache.capacity
   if positions is None:
     if c.positions == "learned" and num_slots > c.max_length:
-      raise ValueError(f"A sequence of {num_slots} has no learned positions beyond max_length="
-                       f"{c.max_length}: shorten it, or train with a larger max_length.")
+      raise ValueError(
+        f"A sequence of {num_slots} has no learned positions beyond max_length="
+        f"{c.max_length}: shorten it, or train with a larger max_length."
+      )
     positions = _default_positions(c, slots, position_key)
   if c.positions == "learned":
     x = x + params["positions"][positions].astype(x.dtype)
@@ -195,8 +218,14 @@ def _trunk(c, params, x, cache=None, *, positions=None, mask=None, key=None):
   places = _places(c, slots, positions, num_slots, mask)
 
   def run_layer(x, layer, layer_cache, layer_key):
-    return Block(c).apply({"params": layer}, x, cache=layer_cache, deterministic=not training,
-                          rngs=_rngs(layer_key), **places)
+    return Block(c).apply(
+      {"params": layer},
+      x,
+      cache=layer_cache,
+      deterministic=not training,
+      rngs=_rngs(layer_key),
+      **places,
+    )
 
   x, cache = _run_layers(run_layer, c.num_layers, params, x, cache, layers_key)
   return layers.RMSNorm(c.norm_epsilon).apply({"params": params["final_norm"]}, x), cache
@@ -226,17 +255,22 @@ def _places(c, slots, positions, num_slots, mask):
   """What every layer is told of positions: the rotary angles, the slots, and the whole mask."""
   rotary = c.positions == "rotary"
   own = layers.attention_mask(slots, num_slots, causal=c.causal, window=c.window)
-  return {"angles": layers.rotary_angles(positions, c.head_dim, c.rotary_base) if rotary else None,
-          "slots": slots, "mask": own if mask is None else own & mask}
+  return {
+    "angles": layers.rotary_angles(positions, c.head_dim, c.rotary_base) if rotary else None,
+    "slots": slots,
+    "mask": own if mask is None else own & mask,
+  }
 
 
 def _run_layers(run_layer, num_layers, params, x, cache, key):
   """Applies the layers in order: a scan where their params are stacked and there is no cache."""
   keys = None if key is None else jax.random.split(key, num_layers)
   if cache is None and isinstance(params["layers"], dict):
+
     def body(x, layer):
       layer_params, layer_key = layer
       return run_layer(x, layer_params, None, layer_key)[0], None
+
     return jax.lax.scan(body, x, (params["layers"], keys))[0], None
   written = []
   for i, layer in enumerate(unstack(params)["layers"]):

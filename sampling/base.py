@@ -55,8 +55,13 @@ def row_keys_at(keys: Keys, steps: jax.Array) -> Keys:
   return jax.vmap(jax.random.fold_in)(keys, steps)
 
 
-def run(keys: Keys, algorithm: SamplingAlgorithm, state: Any, num_steps: int,
-        observe: Callable[[Any, Info], Any] = lambda state, info: None) -> tuple[Any, Any]:
+def run(
+  keys: Keys,
+  algorithm: SamplingAlgorithm,
+  state: Any,
+  num_steps: int,
+  observe: Callable[[Any, Info], Any] = lambda state, info: None,
+) -> tuple[Any, Any]:
   """Makes `num_steps` steps; returns the state and what `observe` saw, stacked [num_steps, ...]."""
 
   def body(state, _):
@@ -66,8 +71,13 @@ def run(keys: Keys, algorithm: SamplingAlgorithm, state: Any, num_steps: int,
   return jax.lax.scan(body, state, length=num_steps)
 
 
-def run_until(keys: Keys, algorithm: SamplingAlgorithm, state: Any,
-              is_done: Callable[[Any], jax.Array], max_steps: int | jax.Array) -> Any:
+def run_until(
+  keys: Keys,
+  algorithm: SamplingAlgorithm,
+  state: Any,
+  is_done: Callable[[Any], jax.Array],
+  max_steps: int | jax.Array,
+) -> Any:
   """Steps until `is_done(state)` [B] holds for every row, `max_steps` times at most."""
 
   def unfinished(carry):
@@ -112,8 +122,9 @@ class Recorded(NamedTuple):
     return self.state.step
 
 
-def recorded(algorithm: SamplingAlgorithm, observe: Callable[[Any, Info], Any],
-             capacity: int) -> SamplingAlgorithm:
+def recorded(
+  algorithm: SamplingAlgorithm, observe: Callable[[Any, Info], Any], capacity: int
+) -> SamplingAlgorithm:
   """The same sampler, remembering `observe(state, info)` [B, ...] of each row's steps.
 
   `run` stacks by the loop's steps; this stores by the row's own, so it serves `run_until` and rows
@@ -124,7 +135,8 @@ def recorded(algorithm: SamplingAlgorithm, observe: Callable[[Any, Info], Any],
     state = algorithm.init(keys, inputs)
     seen = jax.eval_shape(lambda keys, state: observe(*algorithm.step(keys, state)), keys, state)
     record = jax.tree.map(
-      lambda leaf: jnp.zeros((leaf.shape[0], capacity, *leaf.shape[1:]), leaf.dtype), seen)
+      lambda leaf: jnp.zeros((leaf.shape[0], capacity, *leaf.shape[1:]), leaf.dtype), seen
+    )
     return Recorded(state, record)
 
   def step(keys, recorded):
@@ -132,8 +144,11 @@ def recorded(algorithm: SamplingAlgorithm, observe: Callable[[Any, Info], Any],
     made = recorded.step
     index = jnp.where(state.step > made, made, capacity)  # capacity is out of bounds: dropped
     rows = jnp.arange(index.shape[0])
-    record = jax.tree.map(lambda buffer, seen: buffer.at[rows, index].set(seen, mode="drop"),
-                          recorded.record, observe(state, info))
+    record = jax.tree.map(
+      lambda buffer, seen: buffer.at[rows, index].set(seen, mode="drop"),
+      recorded.record,
+      observe(state, info),
+    )
     return Recorded(state, record), info
 
   return SamplingAlgorithm(init, step)

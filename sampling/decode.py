@@ -62,8 +62,9 @@ class Samples(NamedTuple):
   model_log_prob: jax.Array  # [B, N], under the model's own law
 
 
-def pad_prompts(prompts: Sequence[Sequence[int]], *, vocab_size: int, max_length: int,
-                max_new_tokens: int = 0) -> Prompts:
+def pad_prompts(
+  prompts: Sequence[Sequence[int]], *, vocab_size: int, max_length: int, max_new_tokens: int = 0
+) -> Prompts:
   """Checks prompts on the host and pads them to a bucket: a power of two, or all the room there is.
 
   Prompts of one bucket compile once.
@@ -84,21 +85,25 @@ def pad_prompts(prompts: Sequence[Sequence[int]], *, vocab_size: int, max_length
     if not 1 <= len(prompt) <= room:
       raise ValueError(
         f"Prompt {row} has {len(prompt)} tokens; it must have 1 to {room}: a sequence of at most "
-        f"{max_length}, of which {max_new_tokens} are kept for new tokens.")
+        f"{max_length}, of which {max_new_tokens} are kept for new tokens."
+      )
     outside = [token for token in prompt if not 0 <= token < vocab_size]
     if outside:
-      raise ValueError(f"Prompt {row} has token {outside[0]}, outside the vocabulary of "
-                       f"{vocab_size} (0 to {vocab_size - 1}): is it another model's tokenizer?")
+      raise ValueError(
+        f"Prompt {row} has token {outside[0]}, outside the vocabulary of "
+        f"{vocab_size} (0 to {vocab_size - 1}): is it another model's tokenizer?"
+      )
   lengths = np.array([len(prompt) for prompt in prompts], np.int32)
   bucket = min(1 << int(lengths.max() - 1).bit_length(), room)
   tokens = np.zeros((len(prompts), bucket), np.int32)
   for row, prompt in enumerate(prompts):
-    tokens[row, :len(prompt)] = prompt
+    tokens[row, : len(prompt)] = prompt
   return Prompts(jnp.asarray(tokens), jnp.asarray(lengths))
 
 
-def prefill(model: models.LanguageModel, params: models.Params, prompts: Prompts,
-            max_length: int) -> models.Cache:
+def prefill(
+  model: models.LanguageModel, params: models.Params, prompts: Prompts, max_length: int
+) -> models.Cache:
   """A cache for `max_length` tokens that holds each prompt but its last token.
 
   The last token is left to the first step, so that every step is one call of the model and one
@@ -106,8 +111,10 @@ def prefill(model: models.LanguageModel, params: models.Params, prompts: Prompts
   """
   batch_size, width = prompts.tokens.shape
   if width > max_length:
-    raise ValueError(f"The prompts are {width} tokens wide, the cache holds {max_length}: raise "
-                     "max_length or shorten the prompts.")
+    raise ValueError(
+      f"The prompts are {width} tokens wide, the cache holds {max_length}: raise "
+      "max_length or shorten the prompts."
+    )
   cache = model.init_cache(params, batch_size, max_length)
   if width > 1:
     _, cache = models.apply(model, params, prompts.tokens[:, :-1], cache)
@@ -115,9 +122,14 @@ def prefill(model: models.LanguageModel, params: models.Params, prompts: Prompts
 
 
 def autoregressive(
-    model: models.LanguageModel, params: models.Params, *, max_length: int,
-    max_new_tokens: int | jax.Array, transform: logits_lib.LogitsTransform | None = None,
-    stop: Sequence[int] = ()) -> base.SamplingAlgorithm:
+  model: models.LanguageModel,
+  params: models.Params,
+  *,
+  max_length: int,
+  max_new_tokens: int | jax.Array,
+  transform: logits_lib.LogitsTransform | None = None,
+  stop: Sequence[int] = (),
+) -> base.SamplingAlgorithm:
   """Draws x_t ~ transform(p(. | x_<t)), one token a step, from Prompts.
 
   A row is done when it draws a token of `stop`, has drawn `max_new_tokens`, or is full; it is then
@@ -144,8 +156,9 @@ def autoregressive(
     in_prompt = jnp.arange(width)[None, :] < prompts.length[:, None]
     tokens = jnp.pad(jnp.where(in_prompt, prompts.tokens, 0), ((0, 0), (0, max_length - width)))
     step = jnp.zeros(batch_size, jnp.int32)
-    return DecodeState(step, tokens, prompts.length, is_full(prompts.length, step), cache,
-                       transform.init(batch_size))
+    return DecodeState(
+      step, tokens, prompts.length, is_full(prompts.length, step), cache, transform.init(batch_size)
+    )
 
   def step(keys, state):
     last = jnp.take_along_axis(state.tokens, state.length[:, None] - 1, axis=1)
@@ -162,33 +175,51 @@ def autoregressive(
     rows = jnp.arange(token.size)
     slot = jnp.where(active, state.length, max_length)  # max_length is out of bounds: dropped
     stopped = jnp.any(token[:, None] == stop[None, :], axis=1)
-    info = DecodeInfo(token, logits_lib.log_prob(logits, token),
-                      logits_lib.log_prob(model_logits, token))
+    info = DecodeInfo(
+      token, logits_lib.log_prob(logits, token), logits_lib.log_prob(model_logits, token)
+    )
     state = DecodeState(
       step=steps,
       tokens=state.tokens.at[rows, slot].set(token, mode="drop"),
       length=length,
       done=state.done | stopped | is_full(length, steps),
       cache=cache._replace(length=length - 1),
-      transform=base.select_rows(active, fed_back, state.transform))
+      transform=base.select_rows(active, fed_back, state.transform),
+    )
     return state, jax.tree.map(lambda leaf: jnp.where(active, leaf, 0), info)
 
   return base.SamplingAlgorithm(init, step)
 
 
-def generate(model: models.LanguageModel, params: models.Params, keys: base.Keys, prompts: Prompts,
-             *, max_new_tokens: int, transform: logits_lib.LogitsTransform | None = None,
-             stop: Sequence[int] = ()) -> Samples:
+def generate(
+  model: models.LanguageModel,
+  params: models.Params,
+  keys: base.Keys,
+  prompts: Prompts,
+  *,
+  max_new_tokens: int,
+  transform: logits_lib.LogitsTransform | None = None,
+  stop: Sequence[int] = (),
+) -> Samples:
   """Continues each prompt until a stop token or `max_new_tokens`; see `autoregressive`.
 
   The law of row b's new tokens is prod_t transform(p(x_t | x_<t)) exactly, and depends on its
   prompt and keys[b] alone. Call it inside jit; it stops stepping when every row is done.
   """
   algorithm = base.recorded(
-    autoregressive(model, params, max_length=prompts.tokens.shape[1] + max_new_tokens,
-                   max_new_tokens=max_new_tokens, transform=transform, stop=stop),
-    observe=lambda state, info: (info.log_prob, info.model_log_prob), capacity=max_new_tokens)
+    autoregressive(
+      model,
+      params,
+      max_length=prompts.tokens.shape[1] + max_new_tokens,
+      max_new_tokens=max_new_tokens,
+      transform=transform,
+      stop=stop,
+    ),
+    observe=lambda state, info: (info.log_prob, info.model_log_prob),
+    capacity=max_new_tokens,
+  )
   state = base.start(keys, algorithm, prompts)
   final, (log_prob, model_log_prob) = base.run_until(
-    keys, algorithm, state, lambda recorded: recorded.state.done, max_new_tokens)
+    keys, algorithm, state, lambda recorded: recorded.state.done, max_new_tokens
+  )
   return Samples(final.tokens, final.length, final.prompt_length, log_prob, model_log_prob)

@@ -41,7 +41,8 @@ def stateless(apply: Callable[[jax.Array], jax.Array]) -> LogitsTransform:
   return LogitsTransform(
     init=lambda batch_size: (),
     apply=lambda logits, context, state: apply(logits),
-    update=lambda model_logits, token, state: state)
+    update=lambda model_logits, token, state: state,
+  )
 
 
 def chain(*transforms: LogitsTransform) -> LogitsTransform:
@@ -193,5 +194,6 @@ def draw(keys: jax.Array, logits: jax.Array) -> jax.Array:
 
 def log_prob(logits: jax.Array, token: jax.Array) -> jax.Array:
   """log softmax(logits)[token], [B]."""
-  return (jnp.take_along_axis(logits, token[:, None], axis=-1)[:, 0]
-          - jax.nn.logsumexp(logits, axis=-1))
+  return jnp.take_along_axis(logits, token[:, None], axis=-1)[:, 0] - jax.nn.logsumexp(
+    logits, axis=-1
+  )

@@ -34,13 +34,24 @@ def prompts(requests):
 def decoding(name, target, transform=logits.chain, **kwargs):
   model, params = target
   algorithm = lambda params: base.recorded(
-    decode.autoregressive(model, params, max_length=10, max_new_tokens=4, transform=transform(),
-                          stop=(2,)),
-    lambda state, info: info, 4)
-  sample = lambda recorded: {"tokens": recorded.state.tokens, "length": recorded.state.length,
-                             **recorded.record._asdict()}
-  dtypes = {"tokens": "int32", "length": "int32", "token": "int32", "log_prob": "float32",
-            "model_log_prob": "float32"}
+    decode.autoregressive(
+      model, params, max_length=10, max_new_tokens=4, transform=transform(), stop=(2,)
+    ),
+    lambda state, info: info,
+    4,
+  )
+  sample = lambda recorded: {
+    "tokens": recorded.state.tokens,
+    "length": recorded.state.length,
+    **recorded.record._asdict(),
+  }
+  dtypes = {
+    "tokens": "int32",
+    "length": "int32",
+    "token": "int32",
+    "log_prob": "float32",
+    "model_log_prob": "float32",
+  }
   return Case(name, algorithm, params, prompts, sample, dtypes, **kwargs)
 
 
@@ -85,8 +96,9 @@ def compiled(request):
 
 def sample_of(compiled, requests=tuple(REQUESTS), seed=0):
   requests = list(requests)
-  return compiled.sample(compiled.case.params, keys_of(requests, seed),
-                         compiled.case.inputs(requests))
+  return compiled.sample(
+    compiled.case.params, keys_of(requests, seed), compiled.case.inputs(requests)
+  )
 
 
 def assert_same(one, other):
@@ -94,8 +106,9 @@ def assert_same(one, other):
   assert one.keys() == other.keys()
   for name, leaf in one.items():
     exact = jnp.issubdtype(leaf.dtype, jnp.integer)
-    np.testing.assert_allclose(np.asarray(leaf), np.asarray(other[name]), err_msg=name,
-                               atol=0 if exact else 1e-4, rtol=0)
+    np.testing.assert_allclose(
+      np.asarray(leaf), np.asarray(other[name]), err_msg=name, atol=0 if exact else 1e-4, rtol=0
+    )
 
 
 def test_dtypes(compiled):
@@ -110,35 +123,43 @@ def test_steps_by_hand_equal_the_scan(compiled):
   case, keys = compiled.case, keys_of(REQUESTS)
   step = jax.jit(lambda params, keys, state: case.algorithm(params).step(keys, state)[0])
   state = jax.jit(lambda params, keys, inputs: base.start(keys, case.algorithm(params), inputs))(
-    case.params, keys, case.inputs(REQUESTS))
+    case.params, keys, case.inputs(REQUESTS)
+  )
   for _ in range(case.num_steps):
     state = step(case.params, jax.vmap(jax.random.fold_in)(keys, state.step), state)
   assert_same(case.sample(state), sample_of(compiled))
 
 
-@pytest.mark.parametrize("compiled", [case for case in CASES if case.eager], indirect=True,
-                         ids=lambda case: case.name)
+@pytest.mark.parametrize(
+  "compiled", [case for case in CASES if case.eager], indirect=True, ids=lambda case: case.name
+)
 def test_eager_equals_compiled(compiled):
   case, keys = compiled.case, keys_of(REQUESTS)
   algorithm = case.algorithm(case.params)
   eager = base.start(keys, algorithm, case.inputs(REQUESTS))
   eager, _ = algorithm.step(base.row_keys_at(keys, eager.step), eager)
-  one = jax.jit(lambda params, keys, inputs: case.sample(base.run(
-    keys, case.algorithm(params), base.start(keys, case.algorithm(params), inputs), 1)[0]))
+  one = jax.jit(
+    lambda params, keys, inputs: case.sample(
+      base.run(keys, case.algorithm(params), base.start(keys, case.algorithm(params), inputs), 1)[0]
+    )
+  )
   assert_same(case.sample(eager), one(case.params, keys, case.inputs(REQUESTS)))
 
 
 def test_vmap_over_an_outer_axis_equals_the_parts(compiled):
   groups = [[0, 1], [3, 2], [1, 0]]
   keys = jnp.stack([keys_of(group, seed) for seed, group in enumerate(groups)])
-  inputs = jax.tree.map(lambda *leaves: jnp.stack(leaves),
-                        *(compiled.case.inputs(group) for group in groups))
+  inputs = jax.tree.map(
+    lambda *leaves: jnp.stack(leaves), *(compiled.case.inputs(group) for group in groups)
+  )
   out = jax.jit(jax.vmap(compiled.function, in_axes=(None, 0, 0)))(
-    compiled.case.params, keys, inputs)
+    compiled.case.params, keys, inputs
+  )
   for i, group in enumerate(groups):
     alone = sample_of(compiled, [*group, 0, 0], i)  # the batch that is compiled already
-    assert_same(jax.tree.map(lambda leaf, i=i: leaf[i], out),
-                jax.tree.map(lambda leaf: leaf[:2], alone))
+    assert_same(
+      jax.tree.map(lambda leaf, i=i: leaf[i], out), jax.tree.map(lambda leaf: leaf[:2], alone)
+    )
 
 
 def test_keys_decide_everything(compiled):
@@ -157,8 +178,11 @@ def test_rows_do_not_know_each_other(compiled):
 def test_compiles_once_for_all_inputs_and_params(compiled):
   first = sample_of(compiled)
   traced = len(compiled.traces)
-  out = compiled.sample(jax.tree.map(lambda leaf: -leaf, compiled.case.params),
-                        keys_of([9, 8, 7, 6]), compiled.case.inputs([3, 2, 1, 0]))
+  out = compiled.sample(
+    jax.tree.map(lambda leaf: -leaf, compiled.case.params),
+    keys_of([9, 8, 7, 6]),
+    compiled.case.inputs([3, 2, 1, 0]),
+  )
   assert len(compiled.traces) == traced
   assert any(np.any(first[name] != out[name]) for name in first)
 

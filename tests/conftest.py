@@ -1,4 +1,4 @@
-"""Makes JAX strict: no implicit rank promotion, no reused key, the CPU, and no persistent surprises."""
+"""Makes JAX strict: no implicit rank promotion, no reused key; and takes the CPU."""
 
 import jax
 

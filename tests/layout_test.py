@@ -20,8 +20,12 @@ MAY_IMPORT = {
   "launch": {"tasks", "models", "sampling", "evaluation", "training"},
 }
 ABSOLUTE = ("benchmarks", "configs", "tests")  # outside the package: `from ancestral.models import`
-HAS_NO = {"tasks": {"jax", "flax", "optax"}, "sampling": {"flax", "optax"}, "evaluation": {"flax"},
-          "training": {"flax"}}
+HAS_NO = {
+  "tasks": {"jax", "flax", "optax"},
+  "sampling": {"flax", "optax"},
+  "evaluation": {"flax"},
+  "training": {"flax"},
+}
 FORBIDDEN = {"utils", "util", "helpers", "helper", "common", "misc", "core"}
 
 
@@ -46,8 +50,9 @@ def violations(path, root=ROOT):
   folder, *inside = path.relative_to(root).parts
   wrong = []
   for level, parts in imported(path):
-    if level == 0 and (parts[0] in HAS_NO.get(folder, ()) or parts[0] in MAY_IMPORT
-                       or parts[0] == "ancestral"):
+    if level == 0 and (
+      parts[0] in HAS_NO.get(folder, ()) or parts[0] in MAY_IMPORT or parts[0] == "ancestral"
+    ):
       wrong.append(".".join(parts))
     elif level == len(inside) + 1 and parts[0] in MAY_IMPORT:  # `..models` from a folder's file
       if parts[0] != folder and parts[0] not in MAY_IMPORT[folder]:
@@ -64,13 +69,20 @@ def test_folders_import_only_from_their_left(folder):
   assert not {path: names for path, names in found.items() if names}
 
 
-@pytest.mark.parametrize("folder, line", [
-  ("models", "from ..sampling import base"), ("tasks", "from ..models import toy"),
-  ("tasks", "import jax.numpy as jnp"), ("sampling", "from flax import linen as nn"),
-  ("sampling", "def f():\n  from ..training import step"),
-  ("sampling", "from .. import evaluation"),
-  ("evaluation", "from ancestral.models import base"), ("launch", "import models.base"),
-  ("training", "from ...sampling import base")])
+@pytest.mark.parametrize(
+  "folder, line",
+  [
+    ("models", "from ..sampling import base"),
+    ("tasks", "from ..models import toy"),
+    ("tasks", "import jax.numpy as jnp"),
+    ("sampling", "from flax import linen as nn"),
+    ("sampling", "def f():\n  from ..training import step"),
+    ("sampling", "from .. import evaluation"),
+    ("evaluation", "from ancestral.models import base"),
+    ("launch", "import models.base"),
+    ("training", "from ...sampling import base"),
+  ],
+)
 def test_the_import_rule_sees_a_violation(tmp_path, folder, line):
   (tmp_path / folder).mkdir()
   path = tmp_path / folder / "some.py"
@@ -88,16 +100,23 @@ def test_sampling_may_import_models(tmp_path):
 
 
 def test_outside_the_package_imports_are_absolute():
-  wrong = [(path.name, parts) for path in files(*ABSOLUTE) for level, parts in imported(path)
-           if level > 0 or parts[0] in MAY_IMPORT]
+  wrong = [
+    (path.name, parts)
+    for path in files(*ABSOLUTE)
+    for level, parts in imported(path)
+    if level > 0 or parts[0] in MAY_IMPORT
+  ]
   assert not wrong
 
 
 def test_files_are_short_and_named_for_what_they_hold():
   every = files(*MAY_IMPORT, *ABSOLUTE)
   assert len(every) > 20
-  long = {str(path.relative_to(ROOT)): lines for path in every
-          if (lines := len(path.read_text().splitlines())) > 400}
+  long = {
+    str(path.relative_to(ROOT)): lines
+    for path in every
+    if (lines := len(path.read_text().splitlines())) > 400
+  }
   assert not long
   vague = [path for path in every if {*path.relative_to(ROOT).with_suffix("").parts} & FORBIDDEN]
   assert not vague

@@ -23,8 +23,14 @@ def markov_target(vocab_size: int = 5, seed: int = 1):
   return toy.markov(vocab_size), jnp.asarray(np.log(transition), jnp.float32)
 
 
-TINY = {"vocab_size": 23, "max_length": 32, "num_layers": 2, "width": 32, "num_heads": 4,
-        "num_kv_heads": 2}
+TINY = {
+  "vocab_size": 23,
+  "max_length": 32,
+  "num_layers": 2,
+  "width": 32,
+  "num_heads": 4,
+  "num_kv_heads": 2,
+}
 
 
 def tiny_config(**fields) -> transformer.TransformerConfig:

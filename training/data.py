@@ -160,11 +160,14 @@ def side(source: Any, split: tasks.Split, *, test_percent: int = 10) -> Source:
   Raises:
     ValueError: no item is on this side.
   """
-  mine = [i for i in range(len(source))
-          if tasks.split_of(str(i), test_percent=test_percent) == split]
+  mine = [
+    i for i in range(len(source)) if tasks.split_of(str(i), test_percent=test_percent) == split
+  ]
   if not mine:
-    raise ValueError(f"none of {len(source)} items is on the {split} side at test_percent="
-                     f"{test_percent}: change it, or give more items")
+    raise ValueError(
+      f"none of {len(source)} items is on the {split} side at test_percent="
+      f"{test_percent}: change it, or give more items"
+    )
   return Source(len(mine), lambda index: source[mine[index]])
 
 

@@ -29,8 +29,14 @@ def cross_entropy(logits: jax.Array, targets: jax.Array, *, z_loss: float = 0.0)
 
 
 def chunked_cross_entropy(
-    readout: Callable[[jax.Array], jax.Array], hidden: jax.Array, targets: jax.Array,
-    mask: jax.Array, *, chunk: int, z_loss: float = 0.0) -> tuple[jax.Array, jax.Array]:
+  readout: Callable[[jax.Array], jax.Array],
+  hidden: jax.Array,
+  targets: jax.Array,
+  mask: jax.Array,
+  *,
+  chunk: int,
+  z_loss: float = 0.0,
+) -> tuple[jax.Array, jax.Array]:
   """Per row, the summed `cross_entropy` and number of tokens that greedy decoding would get right.
 
   Logits are made for `chunk` positions at a time, forward and again backward, so the largest array
@@ -67,8 +73,9 @@ def chunked_cross_entropy(
   return jnp.sum(losses, axis=0), jnp.sum(right, axis=0)
 
 
-def next_token(model: models.LanguageModel, *, chunk: int = 256,
-               z_loss: float = 0.0) -> step.LossFn:
+def next_token(
+  model: models.LanguageModel, *, chunk: int = 256, z_loss: float = 0.0
+) -> step.LossFn:
   """The loss of predicting each target from the tokens before it.
 
   The batch has `tokens`, `targets` and `mask`, [B, L], and when several documents share a row
@@ -79,12 +86,14 @@ def next_token(model: models.LanguageModel, *, chunk: int = 256,
   def loss(key, params, batch):
     segments = batch.get("segments")
     mask = None if segments is None else segments[:, :, None] == segments[:, None, :]
-    hidden, _ = models.apply(model, params, batch["tokens"], positions=batch.get("positions"),
-                             mask=mask, key=key)
+    hidden, _ = models.apply(
+      model, params, batch["tokens"], positions=batch.get("positions"), mask=mask, key=key
+    )
     weights = batch["mask"].astype(jnp.float32)
     readout = lambda hidden: model.readout(params, hidden)
-    losses, right = chunked_cross_entropy(readout, hidden, batch["targets"], weights, chunk=chunk,
-                                          z_loss=z_loss)
+    losses, right = chunked_cross_entropy(
+      readout, hidden, batch["targets"], weights, chunk=chunk, z_loss=z_loss
+    )
     return (losses, jnp.sum(weights, axis=-1)), {"accuracy": right}
 
   return loss

@@ -47,14 +47,19 @@ def exponential_average(decay: float) -> Averaging:
 
   def update(average, params, step):
     d = jnp.minimum(decay, (1 + step) / (10 + step))
-    return jax.tree.map(lambda old, new: old + (1 - d).astype(old.dtype) * (new - old),
-                        average, params)
+    return jax.tree.map(
+      lambda old, new: old + (1 - d).astype(old.dtype) * (new - old), average, params
+    )
 
   return Averaging(init=lambda params: jax.tree.map(jnp.copy, params), update=update)
 
 
-def init(key: jax.Array, init_params: Callable[[jax.Array], Params],
-         optimizer: optax.GradientTransformation, averaging: Averaging) -> TrainState:
+def init(
+  key: jax.Array,
+  init_params: Callable[[jax.Array], Params],
+  optimizer: optax.GradientTransformation,
+  averaging: Averaging,
+) -> TrainState:
   """The state before the first step."""
   params = init_params(key)
   return TrainState(jnp.int32(0), params, optimizer.init(params), averaging.init(params))

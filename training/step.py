@@ -17,9 +17,16 @@ Metrics = dict[str, jax.Array]
 LossFn = Callable[[jax.Array, Any, Batch], tuple[tuple[jax.Array, jax.Array], Metrics]]
 
 
-def train_step(key: jax.Array, state: state_lib.TrainState, batch: Batch, *, loss_fn: LossFn,
-               optimizer: optax.GradientTransformation, averaging: state_lib.Averaging,
-               num_microbatches: int = 1) -> tuple[state_lib.TrainState, Metrics]:
+def train_step(
+  key: jax.Array,
+  state: state_lib.TrainState,
+  batch: Batch,
+  *,
+  loss_fn: LossFn,
+  optimizer: optax.GradientTransformation,
+  averaging: state_lib.Averaging,
+  num_microbatches: int = 1,
+) -> tuple[state_lib.TrainState, Metrics]:
   """A gradient step on sum(loss) / sum(weight) over the whole batch.
 
   The division comes after the sums over microbatches and devices, so the number of either does not
@@ -48,11 +55,16 @@ def train_step(key: jax.Array, state: state_lib.TrainState, batch: Batch, *, los
 
   gradient = jax.value_and_grad(summed, has_aux=True)
   keys = jax.random.split(jax.random.fold_in(key, state.step), num_microbatches)
-  slices = keys, jax.tree.map(
-    lambda x: jnp.swapaxes(x.reshape(-1, num_microbatches, *x.shape[1:]), 0, 1), batch)
+  slices = (
+    keys,
+    jax.tree.map(
+      lambda x: jnp.swapaxes(x.reshape(-1, num_microbatches, *x.shape[1:]), 0, 1), batch
+    ),
+  )
   first = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape[1:], x.dtype), slices)
-  zeros = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype),
-                       jax.eval_shape(gradient, state.params, *first))
+  zeros = jax.tree.map(
+    lambda x: jnp.zeros(x.shape, x.dtype), jax.eval_shape(gradient, state.params, *first)
+  )
   ((loss, metrics), gradients), _ = jax.lax.scan(accumulate, zeros, slices)
 
   weight = metrics.pop("weight")
@@ -61,6 +73,10 @@ def train_step(key: jax.Array, state: state_lib.TrainState, batch: Batch, *, los
   updates, optimizer_state = optimizer.update(gradients, state.optimizer, state.params)
   params = optax.apply_updates(state.params, updates)
   average = averaging.update(state.average, params, state.step)
-  metrics = {"loss": mean(loss), "gradient_norm": optax.tree.norm(gradients), "weight": weight,
-             **jax.tree.map(mean, metrics)}
+  metrics = {
+    "loss": mean(loss),
+    "gradient_norm": optax.tree.norm(gradients),
+    "weight": weight,
+    **jax.tree.map(mean, metrics),
+  }
   return state_lib.TrainState(state.step + 1, params, optimizer_state, average), metrics

@@ -27,8 +27,16 @@ def draw(keys, prompts):
 
 
 def respond(texts, batch_size, sample=draw, num_samples=3, seed=0):
-  return attempts.respond(sample, TOKENIZER, texts, jax.random.key(seed), num_samples=num_samples,
-                          batch_size=batch_size, max_length=16, max_new_tokens=NEW)
+  return attempts.respond(
+    sample,
+    TOKENIZER,
+    texts,
+    jax.random.key(seed),
+    num_samples=num_samples,
+    batch_size=batch_size,
+    max_length=16,
+    max_new_tokens=NEW,
+  )
 
 
 def test_responses_do_not_depend_on_the_batch_size():
@@ -62,8 +70,9 @@ def test_sample_j_of_text_i_is_request_i_n_plus_j():
   for request in range(12):
     one = jax.random.fold_in(jax.random.key(0), request)
     np.testing.assert_array_equal(keys[request], jax.random.key_data(one))
-  rows = [tuple(tokens[:length]) for _, prompts in calls
-          for tokens, length in zip(*prompts, strict=True)]
+  rows = [
+    tuple(tokens[:length]) for _, prompts in calls for tokens, length in zip(*prompts, strict=True)
+  ]
   encoded = [(BOS,), (BOS, 3), (BOS, 4, 4), (BOS, 3, 4, 3, 4)]
   assert rows[:12] == [prompt for prompt in encoded for _ in range(3)]
 
@@ -76,21 +85,25 @@ def test_a_response_is_what_its_request_draws_alone():
       prompts = decode.pad_prompts([tokens], vocab_size=5, max_length=16)
       keys = sampling.row_keys(jax.random.key(0), jnp.array([3 * text + j]))
       samples = draw(keys, prompts)
-      drawn = samples.tokens[0, len(tokens):samples.length[0]].tolist()
+      drawn = samples.tokens[0, len(tokens) : samples.length[0]].tolist()
       assert responses[text][j].text == TOKENIZER.decode(drawn)
       assert (not responses[text][j].fault) == (EOS in drawn)
 
 
 def test_ends_and_log_probs_are_of_the_chain():
-  responses = [(text, response) for text, row in zip(TEXTS, respond(TEXTS, 12, num_samples=8),
-                                                    strict=True) for response in row]
+  responses = [
+    (text, response)
+    for text, row in zip(TEXTS, respond(TEXTS, 12, num_samples=8), strict=True)
+    for response in row
+  ]
   assert {response.fault for _, response in responses} == {"", f"did not end within {NEW} tokens"}
   for text, response in responses:
     drawn = TOKENIZER.encode(response.text) + [EOS] * (not response.fault)
     assert len(drawn) == NEW if response.fault else len(drawn) <= NEW
     path = [BOS, *TOKENIZER.encode(text), *drawn]
-    expected = sum(np.log(TRANSITION[path[i - 1], path[i]])
-                   for i in range(len(path) - len(drawn), len(path)))
+    expected = sum(
+      np.log(TRANSITION[path[i - 1], path[i]]) for i in range(len(path) - len(drawn), len(path))
+    )
     assert response.log_prob == pytest.approx(expected, rel=1e-5)
 
 
@@ -119,8 +132,8 @@ def scripted(*continuations):
     tokens = np.zeros((len(continuations), prompts.tokens.shape[1] + NEW), np.int32)
     length = np.array(prompts.length)
     for row, drawn in enumerate(continuations):
-      tokens[row, :length[row]] = prompts.tokens[row, :length[row]]
-      tokens[row, length[row]:length[row] + len(drawn)] = drawn
+      tokens[row, : length[row]] = prompts.tokens[row, : length[row]]
+      tokens[row, length[row] : length[row] + len(drawn)] = drawn
     total = length + np.array([len(drawn) for drawn in continuations])
     nothing = np.zeros((len(continuations), NEW), np.float32)
     return decode.Samples(tokens, total, length, nothing, nothing)
@@ -140,22 +153,42 @@ TASK = tasks.Task(lambda rng: None, verify, TOKENIZER)
 
 
 def attempt(sample, problems, num_samples):
-  return attempts.attempt(sample, TASK, problems, jax.random.key(0), num_samples=num_samples,
-                          batch_size=num_samples * len(problems), max_length=16, max_new_tokens=NEW)
+  return attempts.attempt(
+    sample,
+    TASK,
+    problems,
+    jax.random.key(0),
+    num_samples=num_samples,
+    batch_size=num_samples * len(problems),
+    max_length=16,
+    max_new_tokens=NEW,
+  )
 
 
 def test_an_answer_that_has_not_ended_is_wrong():
   zero, one = 3, 4
   problems = [problem("0", "0101"), problem("00", "1")]
-  found = attempt(scripted([zero, one, zero, one], [zero, one, zero, EOS],  # unended, wrong
-                           [one, EOS], [one]), problems, 2)  # right, unended
+  found = attempt(
+    scripted(
+      [zero, one, zero, one],
+      [zero, one, zero, EOS],  # unended, wrong
+      [one, EOS],
+      [one],
+    ),
+    problems,
+    2,
+  )  # right, unended
   assert [one.problem for one in found] == problems
   assert [one.responses for one in found] == [("0101", "010"), ("1", "1")]
   assert [[v.correct for v in one.verdicts] for one in found] == [[False, False], [True, False]]
   assert [one.num_correct for one in found] == [0, 1]
   reasons = [v.reason for one in found for v in one.verdicts]
-  assert reasons == ["format: did not end within 4 tokens", "digit", "",
-                     "format: did not end within 4 tokens"]
+  assert reasons == [
+    "format: did not end within 4 tokens",
+    "digit",
+    "",
+    "format: did not end within 4 tokens",
+  ]
 
 
 def test_a_special_token_inside_an_answer_is_not_passed_over():
@@ -174,24 +207,34 @@ def made(level, answer, *responses):
   return attempts.Attempt(one, responses, tuple(verify(one, text) for text in responses))
 
 
-@pytest.mark.parametrize("responses, right", [
-  (("1", "0", "0"), False), (("0", "1", "1"), True), (("1", "0"), True), (("0", "1"), False),
-  (("00", "0", "1", "1"), True)])
+@pytest.mark.parametrize(
+  "responses, right",
+  [
+    (("1", "0", "0"), False),
+    (("0", "1", "1"), True),
+    (("1", "0"), True),
+    (("0", "1"), False),
+    (("00", "0", "1", "1"), True),
+  ],
+)
 def test_majority_of_answers(responses, right):
   assert made(1, "1", *responses).majority_correct == right
 
 
 def test_summary_by_hand():
-  summary = attempts.summarise([
-    made(2, "1", "1", "0", "0", "0"),  # one of four right, outvoted
-    made(1, "1", "1", "1", "1", "1"),
-    made(2, "1", "0", "00", "11", "000"),  # all wrong
-    made(2, "1", "1", "1", "0", "00"),  # two right: the largest party
-  ])
+  summary = attempts.summarise(
+    [
+      made(2, "1", "1", "0", "0", "0"),  # one of four right, outvoted
+      made(1, "1", "1", "1", "1", "1"),
+      made(2, "1", "0", "00", "11", "000"),  # all wrong
+      made(2, "1", "1", "1", "0", "00"),  # two right: the largest party
+    ]
+  )
   assert list(summary) == ["pass@1", "majority@4", "pass@4"]
   expected = {"pass@1": [1, 0.25], "majority@4": [1, 1 / 3], "pass@4": [1, 2 / 3]}
   for name, rows in summary.items():
     assert [(row.level, row.count) for row in rows] == [(1, 1), (2, 3)]
     assert [row.mean for row in rows] == pytest.approx(expected[name])
     assert (rows[1].low, rows[1].high) == pytest.approx(
-      coverage.wilson_interval(3 * expected[name][1], 3))
+      coverage.wilson_interval(3 * expected[name][1], 3)
+    )

@@ -20,7 +20,8 @@ ROOT = pathlib.Path(__file__).parents[2]
 def compiled_once(tmp_path_factory):
   """Runs of one shape share their compiled programs, those in other processes too."""
   folder = str(tmp_path_factory.mktemp("compiled"))
-  settings = {"jax_compilation_cache_dir": folder, "jax_persistent_cache_min_compile_time_secs": 0.0}
+  settings = {"jax_compilation_cache_dir": folder,
+              "jax_persistent_cache_min_compile_time_secs": 0.0}
   before = {name: getattr(jax.config, name) for name in settings}
   for name, value in settings.items():
     jax.config.update(name, value)
@@ -69,7 +70,7 @@ def tiny():
   def arguments(config="arithmetic.py", **fields):
     return [f"--config={ROOT / 'configs' / config}", *_overrides({
       "model.num_layers": 1, "model.width": 16, "model.num_heads": 2, "train.num_steps": 4,
-      "train.batch_size": 8, "optimizer.warmup_steps": 1, "train.save_every": 2,
+      "train.batch_size": 8, "optimizer.warmup_steps": 1, "optimizer.name": "adamw", "train.save_every": 2,
       "train.log_every": 1, "train.evaluate_every": 4, "evaluation.batch_size": 8,
       **({"evaluation.num_problems": 3, "evaluation.num_samples": 2}
          if config.startswith("arithmetic") else {"evaluation.num_batches": 2}),

@@ -84,8 +84,10 @@ def test_rotary_inner_product_depends_on_the_difference_alone():
   query, key = random(0, 1, 1, 1, 8), random(1, 1, 1, 1, 8)
 
   def score(i, j):
-    turned = [layers.rotate(x, layers.rotary_angles(jnp.array([[at]]), 8, 100.0))
-              for x, at in ((query, i), (key, j))]
+    turned = [
+      layers.rotate(x, layers.rotary_angles(jnp.array([[at]]), 8, 100.0))
+      for x, at in ((query, i), (key, j))
+    ]
     return float(jnp.vdot(*turned))
 
   assert score(5, 2) == pytest.approx(score(23, 20), abs=1e-4)

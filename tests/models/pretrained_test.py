@@ -33,10 +33,14 @@ def peers():
 
 def llama(peers, config, params):
   torch, transformers = peers
-  theirs = transformers.LlamaForCausalLM(transformers.LlamaConfig(
-    **pretrained.llama_config(config), bos_token_id=None, eos_token_id=None, pad_token_id=0))
-  state = {name: torch.from_numpy(value)
-           for name, value in pretrained.llama_state_dict(params).items()}
+  theirs = transformers.LlamaForCausalLM(
+    transformers.LlamaConfig(
+      **pretrained.llama_config(config), bos_token_id=None, eos_token_id=None, pad_token_id=0
+    )
+  )
+  state = {
+    name: torch.from_numpy(value) for name, value in pretrained.llama_state_dict(params).items()
+  }
   theirs.load_state_dict(state, strict=True)
   return theirs.eval()
 
@@ -68,15 +72,22 @@ def test_greedy_decoding_equals_llamas_token_for_token(peers, name):
   padded = np.array([[0] * (8 - len(row)) + row for row in rows])  # generate needs the left
   attention = np.array([[0] * (8 - len(row)) + [1] * len(row) for row in rows])
   with torch.inference_mode():
-    expected = theirs.generate(torch.from_numpy(padded), attention_mask=torch.from_numpy(attention),
-                               do_sample=False, max_new_tokens=16, min_new_tokens=16).numpy()[:, 8:]
+    expected = theirs.generate(
+      torch.from_numpy(padded),
+      attention_mask=torch.from_numpy(attention),
+      do_sample=False,
+      max_new_tokens=16,
+      min_new_tokens=16,
+    ).numpy()[:, 8:]
   prompts = decode.pad_prompts(rows, vocab_size=23, max_length=32, max_new_tokens=16)
   keys = sampling.row_keys(jax.random.key(0), jnp.arange(4))
-  samples = jax.jit(lambda params, keys, prompts: decode.generate(
-    model, params, keys, prompts, max_new_tokens=16, transform=logits.greedy()))(
-      transformer.unstack(params), keys, prompts)
+  samples = jax.jit(
+    lambda params, keys, prompts: decode.generate(
+      model, params, keys, prompts, max_new_tokens=16, transform=logits.greedy()
+    )
+  )(transformer.unstack(params), keys, prompts)
   for b, row in enumerate(rows):
-    np.testing.assert_array_equal(samples.tokens[b, len(row):len(row) + 16], expected[b])
+    np.testing.assert_array_equal(samples.tokens[b, len(row) : len(row) + 16], expected[b])
   assert len(np.unique(expected)) > 4  # not one token over and over
 
 
@@ -88,10 +99,17 @@ def test_exported_names_are_all_of_llamas(peers):
   assert set(state) == set(theirs.state_dict())
 
 
-@pytest.mark.parametrize("fields, culprit", [
-  ({"positions": "learned"}, "positions"), ({"causal": False}, "causal"), ({"window": 4}, "window"),
-  ({"qk_norm": True}, "qk_norm"), ({"logit_softcap": 5.0}, "logit_softcap"),
-  ({"position_range": 64}, "position_range")])
+@pytest.mark.parametrize(
+  "fields, culprit",
+  [
+    ({"positions": "learned"}, "positions"),
+    ({"causal": False}, "causal"),
+    ({"window": 4}, "window"),
+    ({"qk_norm": True}, "qk_norm"),
+    ({"logit_softcap": 5.0}, "logit_softcap"),
+    ({"position_range": 64}, "position_range"),
+  ],
+)
 def test_what_llama_has_not_is_named(fields, culprit):
   with pytest.raises(ValueError, match=f"no counterpart of {culprit} as configured"):
     pretrained.llama_config(targets.tiny_config(**fields))

@@ -19,13 +19,15 @@ def law_by_model(model, params, prompt, vocab_size, num_tokens):
   conditional = targets.softmax(model.readout(params, hidden))
   law = np.zeros((vocab_size,) * num_tokens)
   for row, continuation in zip(conditional, continuations, strict=True):
-    law[continuation] = np.prod([row[len(prompt) - 1 + i, token]
-                                 for i, token in enumerate(continuation)])
+    law[continuation] = np.prod(
+      [row[len(prompt) - 1 + i, token] for i, token in enumerate(continuation)]
+    )
   return law
 
 
-@pytest.mark.parametrize("order, prompt", [(0, (1,)), (1, (2,)), (2, (1,)), (2, (2, 0, 1)),
-                                           (3, (1, 2))])
+@pytest.mark.parametrize(
+  "order, prompt", [(0, (1,)), (1, (2,)), (2, (1,)), (2, (2, 0, 1)), (3, (1, 2))]
+)
 def test_table_law_is_the_models(order, prompt):
   model, params = targets.table_target(vocab_size=3, order=order)
   law = toy.table_law(targets.softmax(params), prompt, 3)
@@ -59,8 +61,9 @@ def test_cache_of_a_toy_equals_the_full_pass():
     np.testing.assert_array_equal(hidden[1, 0], expected[1, 5 + i])
 
 
-@pytest.mark.parametrize("kwargs", [{"positions": jnp.zeros((1, 2), jnp.int32)},
-                                    {"mask": jnp.ones((1, 2, 2), bool)}])
+@pytest.mark.parametrize(
+  "kwargs", [{"positions": jnp.zeros((1, 2), jnp.int32)}, {"mask": jnp.ones((1, 2, 2), bool)}]
+)
 def test_a_toy_refuses_positions_and_masks(kwargs):
   model, params = targets.markov_target()
   with pytest.raises(ValueError, match="without positions and mask"):
@@ -78,16 +81,20 @@ def sigma(t):
 @pytest.mark.parametrize("t", [0.05, 0.5, 0.95])
 def test_mixture_denoiser_equals_quadrature(t):
   weights, means, variances = np.array([0.3, 0.7]), np.array([-2.0, 1.0]), np.array([0.2, 0.5])
-  mixture = toy.GaussianMixture(*(jnp.asarray(part, jnp.float32)
-                                  for part in (weights, means[:, None], variances)))
+  mixture = toy.GaussianMixture(
+    *(jnp.asarray(part, jnp.float32) for part in (weights, means[:, None], variances))
+  )
   x = np.linspace(-3, 3, 7)
   out = toy.mixture_denoiser(mixture, alpha, sigma)(
-    jnp.asarray(x[:, None], jnp.float32), jnp.float32(t))
+    jnp.asarray(x[:, None], jnp.float32), jnp.float32(t)
+  )
   a, s = np.cos(np.pi * t / 2), np.sin(np.pi * t / 2)
   clean = np.linspace(-8, 8, 40_001)
-  prior = sum(w / v**0.5 * np.exp(-(clean - m) ** 2 / (2 * v))
-              for w, m, v in zip(weights, means, variances, strict=True))
-  exponent = -(x[:, None] - a * clean[None]) ** 2 / (2 * s**2)
+  prior = sum(
+    w / v**0.5 * np.exp(-((clean - m) ** 2) / (2 * v))
+    for w, m, v in zip(weights, means, variances, strict=True)
+  )
+  exponent = -((x[:, None] - a * clean[None]) ** 2) / (2 * s**2)
   posterior = prior * np.exp(exponent - exponent.max(axis=1, keepdims=True))
   expected = (posterior * clean).sum(axis=1) / posterior.sum(axis=1)
   np.testing.assert_allclose(out[:, 0], expected, atol=2e-4)
@@ -97,15 +104,22 @@ def test_mixture_denoiser_equals_quadrature(t):
 def test_mixture_denoiser_obeys_tweedie(t):
   rng = np.random.default_rng(0)
   mixture = toy.GaussianMixture(
-    jnp.array([0.2, 0.5, 0.3]), jnp.asarray(rng.normal(size=(3, 2)), jnp.float32),
-    jnp.array([0.1, 0.4, 0.9]))
+    jnp.array([0.2, 0.5, 0.3]),
+    jnp.asarray(rng.normal(size=(3, 2)), jnp.float32),
+    jnp.array([0.1, 0.4, 0.9]),
+  )
   a, s = alpha(t), sigma(t)
 
   def log_density(x):
-    return jax.nn.logsumexp(jnp.stack([
-      jnp.log(w) + jax.scipy.stats.multivariate_normal.logpdf(x, a * m, (a**2 * v + s**2)
-                                                              * jnp.eye(2))
-      for w, m, v in zip(*mixture, strict=True)]))
+    return jax.nn.logsumexp(
+      jnp.stack(
+        [
+          jnp.log(w)
+          + jax.scipy.stats.multivariate_normal.logpdf(x, a * m, (a**2 * v + s**2) * jnp.eye(2))
+          for w, m, v in zip(*mixture, strict=True)
+        ]
+      )
+    )
 
   x = jnp.asarray(rng.normal(size=(6, 2)), jnp.float32)
   tweedie = (x + s**2 * jax.jit(jax.vmap(jax.grad(log_density)))(x)) / a
@@ -119,8 +133,9 @@ def test_joint_predictor_equals_enumeration():
   joint[1, :, 2] = 0
   joint /= joint.sum()
   tokens = np.array(list(itertools.product(range(4), repeat=length)))
-  possible = np.array([joint[tuple(slice(None) if v == 3 else v for v in row)].sum() > 0
-                       for row in tokens])
+  possible = np.array(
+    [joint[tuple(slice(None) if v == 3 else v for v in row)].sum() > 0 for row in tokens]
+  )
   tokens = tokens[possible]
   out = toy.joint_predictor(jnp.asarray(joint, jnp.float32))(jnp.asarray(tokens), jnp.float32(0.3))
   for row, log_probs in zip(tokens, out, strict=True):

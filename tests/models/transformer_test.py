@@ -24,8 +24,15 @@ VARIANTS = {
   "randomised_learned": {"positions": "learned", "position_range": 96},
   "untied": {"tied_embeddings": False},
   "softcap": {"logit_softcap": 2.0},
-  "everything": {"window": 4, "qk_norm": True, "use_bias": True, "tied_embeddings": False,
-                 "logit_softcap": 5.0, "position_range": 64, "scan_layers": False},
+  "everything": {
+    "window": 4,
+    "qk_norm": True,
+    "use_bias": True,
+    "tied_embeddings": False,
+    "logit_softcap": 5.0,
+    "position_range": 64,
+    "scan_layers": False,
+  },
 }
 TOKENS = jnp.asarray(np.random.default_rng(0).integers(0, 23, (3, 12)), jnp.int32)
 
@@ -44,6 +51,7 @@ def full_logits(model, params, tokens, **kwargs):
 def test_decoding_with_a_cache_equals_the_full_pass(name):
   model, params = targets.tiny_target(**VARIANTS[name])
   prompt_length = np.array([2, 7, 5])
+
   @jax.jit
   def incremental(params, tokens, length):
     cache = model.init_cache(params, 3, 12)
@@ -63,7 +71,7 @@ def test_decoding_with_a_cache_equals_the_full_pass(name):
   np.testing.assert_array_equal(cache.length, prompt_length + 4)
   for b, length in enumerate(prompt_length):
     assert np.abs(prefilled[b, :length] - expected[b, :length]).max() < 1e-4
-    assert np.abs(decoded[b] - expected[b, length:length + 4]).max() < 1e-4
+    assert np.abs(decoded[b] - expected[b, length : length + 4]).max() < 1e-4
 
 
 def test_stacked_params_decode_too():
@@ -81,8 +89,8 @@ def test_rewinding_forgets():
   other = jnp.flip(TOKENS, axis=1)[:, :5]
   rewound, _ = targets.apply(model, params, other, cache._replace(length=jnp.array([0, 3, 7])))
   for b, kept in enumerate((0, 3, 7)):
-    row = TOKENS.at[b, kept:kept + 5].set(other[b])
-    expected = targets.apply(model, params, row)[0][b, kept:kept + 5]
+    row = TOKENS.at[b, kept : kept + 5].set(other[b])
+    expected = targets.apply(model, params, row)[0][b, kept : kept + 5]
     np.testing.assert_allclose(rewound[b], expected, atol=1e-4)
 
 
@@ -163,8 +171,9 @@ def test_scan_equals_loop_with_gradients():
   value, gradient = jax.jit(jax.value_and_grad(loss))(params)
   looped, looped_gradient = jax.jit(jax.value_and_grad(loss))(transformer.unstack(params))
   np.testing.assert_allclose(value, looped, rtol=1e-5)
-  for one, other in zip(jax.tree.leaves(gradient),
-                        jax.tree.leaves(transformer.stack(looped_gradient)), strict=True):
+  for one, other in zip(
+    jax.tree.leaves(gradient), jax.tree.leaves(transformer.stack(looped_gradient)), strict=True
+  ):
     assert np.abs(one).max() > 0
     np.testing.assert_allclose(one, other, atol=1e-5 * max(1, np.abs(one).max()))
 
@@ -206,22 +215,26 @@ def test_softcap_bounds_logits_in_order(softcap):
 
 def test_defaults_of_a_config():
   config = transformer.TransformerConfig(
-    vocab_size=8, max_length=8, num_layers=1, width=128, num_heads=4)
+    vocab_size=8, max_length=8, num_layers=1, width=128, num_heads=4
+  )
   assert (config.num_kv_heads, config.head_dim, config.mlp_width) == (4, 32, 352)
   with pytest.raises(dataclasses.FrozenInstanceError):
     config.width = 64
 
 
-@pytest.mark.parametrize("fields, culprit", [
-  ({"num_kv_heads": 3}, "num_kv_heads=3"),
-  ({"positions": "alibi"}, "positions='alibi'"),
-  ({"head_dim": 7}, "head_dim=7"),
-  ({"position_range": 16}, "position_range=16"),
-  ({"positions": "none", "position_range": 64}, "positions='none'"),
-  ({"window": 0}, "window=0"),
-  ({"dropout": 1.0}, "dropout=1.0"),
-  ({"dropout": -0.1}, "dropout=-0.1"),
-])
+@pytest.mark.parametrize(
+  "fields, culprit",
+  [
+    ({"num_kv_heads": 3}, "num_kv_heads=3"),
+    ({"positions": "alibi"}, "positions='alibi'"),
+    ({"head_dim": 7}, "head_dim=7"),
+    ({"position_range": 16}, "position_range=16"),
+    ({"positions": "none", "position_range": 64}, "positions='none'"),
+    ({"window": 0}, "window=0"),
+    ({"dropout": 1.0}, "dropout=1.0"),
+    ({"dropout": -0.1}, "dropout=-0.1"),
+  ],
+)
 def test_fields_that_do_not_fit_are_named(fields, culprit):
   with pytest.raises(ValueError, match=culprit) as error:
     targets.tiny_config(**fields)

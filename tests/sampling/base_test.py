@@ -57,8 +57,9 @@ def test_keys_follow_the_rule_and_none_repeats():
   keys, algorithm = row_keys(), walk()
   state = base.start(keys, algorithm, jnp.array([4, 4, 2]))
   final, seen = base.run(keys, algorithm, state, 4, lambda state, info: info)
-  expected = np.array([[expected_bits(5, request, step) for request in (7, 0, 2)]
-                       for step in range(4)])
+  expected = np.array(
+    [[expected_bits(5, request, step) for request in (7, 0, 2)] for step in range(4)]
+  )
   expected[2:, 2] = 0  # frozen at its limit
   np.testing.assert_array_equal(seen, expected)
   np.testing.assert_array_equal(final.step, [4, 4, 2])
@@ -122,10 +123,13 @@ def test_admitted_rows_draw_what_they_would_alone():
   np.testing.assert_array_equal(state.limit, [2, 6, 6])
   assert int(state.start[0]) == expected_bits(5, 40, 2**32 - 1)
   _, seen = base.run(keys, algorithm, state, 2, lambda state, info: info)
-  np.testing.assert_array_equal(seen, [[expected_bits(5, 40, 0), expected_bits(5, 0, 3),
-                                        expected_bits(5, 2, 3)],
-                                       [expected_bits(5, 40, 1), expected_bits(5, 0, 4),
-                                        expected_bits(5, 2, 4)]])
+  np.testing.assert_array_equal(
+    seen,
+    [
+      [expected_bits(5, 40, 0), expected_bits(5, 0, 3), expected_bits(5, 2, 3)],
+      [expected_bits(5, 40, 1), expected_bits(5, 0, 4), expected_bits(5, 2, 4)],
+    ],
+  )
 
 
 def test_select_rows_broadcasts_over_any_rank():
@@ -145,9 +149,11 @@ def test_recorded_files_by_the_rows_own_steps():
   keys = row_keys(jnp.array([40, 0, 2]))
   state = base.admit(state, base.start(keys, algorithm, limit), jnp.array([True, False, False]))
   final = base.run_until(keys, algorithm, state, lambda s: is_done(s.state), 10)
-  expected = [[expected_bits(5, 40, i) for i in range(2)] + [0, 0],
-              [expected_bits(5, 0, i) for i in range(4)],  # two more did not fit
-              [expected_bits(5, 2, i) for i in range(3)] + [0]]
+  expected = [
+    [expected_bits(5, 40, i) for i in range(2)] + [0, 0],
+    [expected_bits(5, 0, i) for i in range(4)],  # two more did not fit
+    [expected_bits(5, 2, i) for i in range(3)] + [0],
+  ]
   np.testing.assert_array_equal(final.record["bits"], expected)
   np.testing.assert_array_equal(final.record["step"], [[1, 2, 0, 0], [1, 2, 3, 4], [1, 2, 3, 0]])
   np.testing.assert_array_equal(final.step, [2, 6, 3])

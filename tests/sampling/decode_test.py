@@ -18,8 +18,11 @@ TRANSFORMS = {
   "plain": (lambda: None, lambda row: range(len(row)), 1.0),
   "top_k": (lambda: logits_lib.top_k(2), lambda row: targets.top_k_set(row, 2), 1.0),
   "top_p": (lambda: logits_lib.top_p(0.7), lambda row: targets.top_p_set(row, 0.7), 1.0),
-  "warm_top_p": (lambda: logits_lib.chain(logits_lib.temperature(2.0), logits_lib.top_p(0.7)),
-                 lambda row: targets.top_p_set(row, 0.7), 2.0),
+  "warm_top_p": (
+    lambda: logits_lib.chain(logits_lib.temperature(2.0), logits_lib.top_p(0.7)),
+    lambda row: targets.top_p_set(row, 0.7),
+    2.0,
+  ),
 }
 
 
@@ -27,7 +30,7 @@ def prompts_of(rows, bucket=None):
   width = max(len(row) for row in rows) if bucket is None else bucket
   tokens = np.zeros((len(rows), width), np.int32)
   for b, row in enumerate(rows):
-    tokens[b, :len(row)] = row
+    tokens[b, : len(row)] = row
   return decode.Prompts(jnp.asarray(tokens), jnp.array([len(row) for row in rows], jnp.int32))
 
 
@@ -41,9 +44,11 @@ def drawn(request):
   model, params = targets.table_target(vocab_size=4, order=2)
   transform, keep, temperature = TRANSFORMS[request.param]
   prompts = decode.Prompts(jnp.broadcast_to(jnp.array(PROMPT), (NUM, 2)), jnp.full(NUM, 2))
-  samples = jax.jit(lambda params, keys, prompts: decode.generate(
-    model, params, keys, prompts, max_new_tokens=NEW, transform=transform()))(
-      params, keys_of(np.arange(NUM)), prompts)
+  samples = jax.jit(
+    lambda params, keys, prompts: decode.generate(
+      model, params, keys, prompts, max_new_tokens=NEW, transform=transform()
+    )
+  )(params, keys_of(np.arange(NUM)), prompts)
   conditional = targets.softmax(targets.filtered(np.asarray(params) / temperature, keep))
   return jax.tree.map(np.asarray, samples), conditional, targets.softmax(params)
 
@@ -56,12 +61,14 @@ def test_law_of_generate_is_the_closed_form(drawn):
 def test_log_probs_are_those_of_the_laws(drawn):
   samples, conditional, model_conditional = drawn
   assert samples.log_prob.shape == samples.model_log_prob.shape == (NUM, NEW)
-  for reported, law in ((samples.log_prob, conditional),
-                        (samples.model_log_prob, model_conditional)):
+  for reported, law in (
+    (samples.log_prob, conditional),
+    (samples.model_log_prob, model_conditional),
+  ):
     for n in range(NEW):
       marginal = toy.table_law(law, PROMPT, n + 1)
-      drawn_so_far = samples.tokens[:, 2:3 + n]
-      total = reported[:, :n + 1].sum(axis=1)
+      drawn_so_far = samples.tokens[:, 2 : 3 + n]
+      total = reported[:, : n + 1].sum(axis=1)
       np.testing.assert_allclose(np.exp(total), marginal[tuple(drawn_so_far.T)], rtol=1e-5)
 
 
@@ -71,36 +78,39 @@ def test_law_on_a_markov_chain_of_ragged_prompts():
   length = np.tile([len(row) for row in rows], NUM // 2 // 3)
   tokens = np.tile([row + [0] * (4 - len(row)) for row in rows], (NUM // 2 // 3, 1))
   prompts = decode.Prompts(jnp.asarray(tokens, jnp.int32), jnp.asarray(length, jnp.int32))
-  samples = jax.jit(lambda params, keys, prompts: decode.generate(
-    model, params, keys, prompts, max_new_tokens=2))(params, keys_of(np.arange(len(length))),
-                                                     prompts)
+  samples = jax.jit(
+    lambda params, keys, prompts: decode.generate(model, params, keys, prompts, max_new_tokens=2)
+  )(params, keys_of(np.arange(len(length))), prompts)
   new = np.take_along_axis(np.asarray(samples.tokens), length[:, None] + np.arange(2), axis=1)
   transition = targets.softmax(params)
   for start, row in enumerate(rows):
     targets.check_law(new[start::3], toy.markov_law(transition, row[-1], 2))
-    np.testing.assert_array_equal(samples.tokens[start::3, :len(row)],
-                                  np.tile(row, (len(new) // 3, 1)))
+    np.testing.assert_array_equal(
+      samples.tokens[start::3, : len(row)], np.tile(row, (len(new) // 3, 1))
+    )
 
 
 def test_stop_tokens_end_rows_and_freeze_them():
   model, params = targets.markov_target()
   rows, new = [[1], [2, 4, 0], [3, 1]] * 8, 4
-  samples = jax.jit(lambda params, keys, prompts: decode.generate(
-    model, params, keys, prompts, max_new_tokens=new, stop=(2, 4)))(
-      params, keys_of(np.arange(24)), prompts_of(rows))
+  samples = jax.jit(
+    lambda params, keys, prompts: decode.generate(
+      model, params, keys, prompts, max_new_tokens=new, stop=(2, 4)
+    )
+  )(params, keys_of(np.arange(24)), prompts_of(rows))
   stopped = 0
   for b, row in enumerate(rows):
     tokens, length = np.asarray(samples.tokens[b]), int(samples.length[b])
-    drawn = tokens[len(row):length]
+    drawn = tokens[len(row) : length]
     assert int(samples.prompt_length[b]) == len(row)
-    assert np.all(tokens[:len(row)] == row) and np.all(tokens[length:] == 0)
+    assert np.all(tokens[: len(row)] == row) and np.all(tokens[length:] == 0)
     assert not np.isin(drawn[:-1], (2, 4)).any()
     assert np.isin(drawn[-1], (2, 4)) or len(drawn) == new
     stopped += len(drawn) < new
     for log_prob in (samples.log_prob[b], samples.model_log_prob[b]):
-      expected = [float(params[i, j]) for i, j in zip(tokens[len(row) - 1:], drawn, strict=False)]
-      np.testing.assert_allclose(log_prob[:len(drawn)], expected, atol=1e-5)
-      assert np.all(log_prob[len(drawn):] == 0)
+      expected = [float(params[i, j]) for i, j in zip(tokens[len(row) - 1 :], drawn, strict=False)]
+      np.testing.assert_allclose(log_prob[: len(drawn)], expected, atol=1e-5)
+      assert np.all(log_prob[len(drawn) :] == 0)
   assert 0 < stopped < 24
 
 
@@ -113,19 +123,29 @@ def test_generate_stops_stepping_when_every_row_is_done():
     return model.trunk(params, x, cache, **kwargs)
 
   certain = jnp.where(jnp.eye(5, k=1, dtype=bool), 0.0, -jnp.inf).at[4].set(params[4])  # i -> i + 1
-  samples = decode.generate(model._replace(trunk=counted), certain, keys_of([0, 1]),
-                            prompts_of([[1], [2]]), max_new_tokens=50, stop=(4,))
+  samples = decode.generate(
+    model._replace(trunk=counted),
+    certain,
+    keys_of([0, 1]),
+    prompts_of([[1], [2]]),
+    max_new_tokens=50,
+    stop=(4,),
+  )
   jax.effects_barrier()
   np.testing.assert_array_equal(samples.tokens[:, :5], [[1, 2, 3, 4, 0], [2, 3, 4, 0, 0]])
   assert len(calls) == 3
 
 
-@pytest.mark.parametrize("transform", [logits_lib.greedy(), logits_lib.top_k(1),
-                                       logits_lib.temperature(0.0)], ids=["greedy", "k1", "cold"])
+@pytest.mark.parametrize(
+  "transform",
+  [logits_lib.greedy(), logits_lib.top_k(1), logits_lib.temperature(0.0)],
+  ids=["greedy", "k1", "cold"],
+)
 def test_greedy_follows_the_argmax_with_log_prob_zero(transform):
   model, params = targets.table_target(vocab_size=5, order=1)
-  samples = decode.generate(model, params, keys_of([0, 1]), prompts_of([[3], [0, 4]]),
-                            max_new_tokens=4, transform=transform)
+  samples = decode.generate(
+    model, params, keys_of([0, 1]), prompts_of([[3], [0, 4]]), max_new_tokens=4, transform=transform
+  )
   law = targets.softmax(params)
   for b, prompt in enumerate(([3], [0, 4])):
     token = prompt[-1]
@@ -139,8 +159,9 @@ def test_greedy_follows_the_argmax_with_log_prob_zero(transform):
 
 def test_no_new_tokens_returns_the_prompts():
   model, params = targets.markov_target()
-  samples = decode.generate(model, params, keys_of([0, 1]), prompts_of([[1], [2, 3]]),
-                            max_new_tokens=0)
+  samples = decode.generate(
+    model, params, keys_of([0, 1]), prompts_of([[1], [2, 3]]), max_new_tokens=0
+  )
   np.testing.assert_array_equal(samples.tokens, [[1, 0], [2, 3]])
   assert samples.log_prob.shape == (2, 0)
 
@@ -149,8 +170,10 @@ def sampler(model, params, **kwargs):
   return decode.autoregressive(model, params, max_length=24, stop=(7,), **kwargs)
 
 
-TARGETS = {"table": lambda: targets.table_target(vocab_size=23, order=2),
-           "transformer": lambda: targets.tiny_target(num_layers=1)}
+TARGETS = {
+  "table": lambda: targets.table_target(vocab_size=23, order=2),
+  "transformer": lambda: targets.tiny_target(num_layers=1),
+}
 REQUESTS = {0: [3, 1, 4], 1: [1], 2: [5, 9, 2, 6, 5, 3, 5], 3: [8, 9, 7, 9], 4: [3, 2]}
 
 
@@ -204,8 +227,9 @@ def test_different_requests_and_runs_differ(served):
 def test_rows_may_have_their_own_bounds_and_are_done_when_full():
   model, params = targets.table_target(vocab_size=23, order=1)
   prompts = prompts_of([[3], [3, 1], [4] * 6])
-  algorithm = decode.autoregressive(model, params, max_length=6,
-                                    max_new_tokens=jnp.array([2, 9, 9]))
+  algorithm = decode.autoregressive(
+    model, params, max_length=6, max_new_tokens=jnp.array([2, 9, 9])
+  )
   state = base.start(keys_of([0, 1, 2]), algorithm, prompts)
   np.testing.assert_array_equal(state.done, [False, False, True])
   state, infos = base.run(keys_of([0, 1, 2]), algorithm, state, 8, lambda state, info: info)
@@ -226,16 +250,25 @@ def test_feedback_is_of_the_models_logits_and_stops_with_the_row():
 
   def update(model_logits, token, state):
     drawn = jax.nn.one_hot(token, 5, dtype=bool)
-    return {"seen": state["seen"] | drawn, "count": state["count"] + 1,
-            "finite": state["finite"] & jnp.isfinite(model_logits).all(axis=1)}
+    return {
+      "seen": state["seen"] | drawn,
+      "count": state["count"] + 1,
+      "finite": state["finite"] & jnp.isfinite(model_logits).all(axis=1),
+    }
 
   once = logits_lib.LogitsTransform(
-    lambda batch_size: {"seen": jnp.zeros((batch_size, 5), bool),
-                        "count": jnp.zeros(batch_size, jnp.int32),
-                        "finite": jnp.ones(batch_size, bool)}, apply, update)
+    lambda batch_size: {
+      "seen": jnp.zeros((batch_size, 5), bool),
+      "count": jnp.zeros(batch_size, jnp.int32),
+      "finite": jnp.ones(batch_size, bool),
+    },
+    apply,
+    update,
+  )
   model, params = targets.markov_target()
-  algorithm = decode.autoregressive(model, params, max_length=8,
-                                    max_new_tokens=jnp.array([3, 5]), transform=once)
+  algorithm = decode.autoregressive(
+    model, params, max_length=8, max_new_tokens=jnp.array([3, 5]), transform=once
+  )
   keys = keys_of([0, 1])
   state = base.start(keys, algorithm, prompts_of([[1], [2, 0]]))
   state, _ = base.run(keys, algorithm, state, 7)
@@ -251,8 +284,9 @@ def test_one_bucket_compiles_once_whatever_prompts_params_and_settings():
   @jax.jit
   def sample(params, settings, keys, prompts):
     traces.append(1)
-    transform = logits_lib.chain(logits_lib.temperature(settings["temperature"]),
-                                 logits_lib.top_k(settings["k"]))
+    transform = logits_lib.chain(
+      logits_lib.temperature(settings["temperature"]), logits_lib.top_k(settings["k"])
+    )
     return decode.generate(model, params, keys, prompts, max_new_tokens=3, transform=transform)
 
   def pad(rows):
@@ -262,8 +296,12 @@ def test_one_bucket_compiles_once_whatever_prompts_params_and_settings():
   first = sample(params, settings, keys_of([0, 1]), pad([[1, 2, 3], [4]]))
   second = sample(params, settings, keys_of([0, 1]), pad([[5, 5, 5, 5], [2, 1]]))
   third = sample(-params, settings, keys_of([0, 1]), pad([[1, 2, 3], [4]]))
-  sample(params, {"temperature": jnp.float32(0.5), "k": jnp.int32(1)}, keys_of([0, 1]),
-         pad([[1, 2, 3], [4]]))
+  sample(
+    params,
+    {"temperature": jnp.float32(0.5), "k": jnp.int32(1)},
+    keys_of([0, 1]),
+    pad([[1, 2, 3], [4]]),
+  )
   assert len(traces) == 1
   assert np.any(first.tokens != second.tokens) and np.any(first.tokens != third.tokens)
   sample(params, settings, keys_of([0, 1]), pad([[1] * 5, [4]]))
@@ -284,13 +322,16 @@ def test_pad_prompts_takes_an_array():
   np.testing.assert_array_equal(prompts.tokens, [[1, 2], [3, 4]])
 
 
-@pytest.mark.parametrize("rows, message", [
-  ([], "no prompts"),
-  ([[1], []], "Prompt 1 has 0 tokens; it must have 1 to 5"),
-  ([[1] * 6], "Prompt 0 has 6 tokens; it must have 1 to 5.* at most 8, of which 3"),
-  ([[1], [2, 5]], r"Prompt 1 has token 5, outside the vocabulary of 5 \(0 to 4\)"),
-  ([[-1]], "Prompt 0 has token -1"),
-])
+@pytest.mark.parametrize(
+  "rows, message",
+  [
+    ([], "no prompts"),
+    ([[1], []], "Prompt 1 has 0 tokens; it must have 1 to 5"),
+    ([[1] * 6], "Prompt 0 has 6 tokens; it must have 1 to 5.* at most 8, of which 3"),
+    ([[1], [2, 5]], r"Prompt 1 has token 5, outside the vocabulary of 5 \(0 to 4\)"),
+    ([[-1]], "Prompt 0 has token -1"),
+  ],
+)
 def test_bad_prompts_are_named(rows, message):
   with pytest.raises(ValueError, match=message) as error:
     decode.pad_prompts(rows, vocab_size=5, max_length=8, max_new_tokens=3)

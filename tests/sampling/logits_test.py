@@ -25,16 +25,25 @@ def random_logits(rows=40, vocab_size=9, seed=0):
   return np.round(2 * np.random.default_rng(seed).normal(size=(rows, vocab_size)) * 2) / 2
 
 
-AWKWARD = np.array([
-  [0.0, -0.0, 0.0, -0.0, 1.0, -1.0],
-  [-0.0, 0.0, -1.0, -1.0, -INF, -INF],
-  [1e38, -1e38, 3e38, -3e38, 1e-37, -1e-37],
-  [2.0, 2.0, 2.0, 2.0, 2.0, 2.0],
-  [-INF, -INF, 5.0, -INF, -INF, -INF],
-  [-1e-30, -2e-30, -1e30, 1e-30, 2e-30, 1e30],
-  [1.0, np.nextafter(np.float32(1), np.float32(2)), np.nextafter(np.float32(1), np.float32(0)),
-   -1.0, np.nextafter(np.float32(-1), np.float32(0)), -INF],
-], np.float32)
+AWKWARD = np.array(
+  [
+    [0.0, -0.0, 0.0, -0.0, 1.0, -1.0],
+    [-0.0, 0.0, -1.0, -1.0, -INF, -INF],
+    [1e38, -1e38, 3e38, -3e38, 1e-37, -1e-37],
+    [2.0, 2.0, 2.0, 2.0, 2.0, 2.0],
+    [-INF, -INF, 5.0, -INF, -INF, -INF],
+    [-1e-30, -2e-30, -1e30, 1e-30, 2e-30, 1e30],
+    [
+      1.0,
+      np.nextafter(np.float32(1), np.float32(2)),
+      np.nextafter(np.float32(1), np.float32(0)),
+      -1.0,
+      np.nextafter(np.float32(-1), np.float32(0)),
+      -INF,
+    ],
+  ],
+  np.float32,
+)
 
 
 @pytest.mark.parametrize("k", [1, 2, 3, 5, 6, 100])
@@ -63,7 +72,8 @@ def test_top_p_of_awkward_floats(p):
 def test_top_p_keeps_the_token_that_crosses_and_ties_stand_together():
   logits = np.log([[0.5, 0.3, 0.2], [0.4, 0.3, 0.3]])
   np.testing.assert_array_equal(
-    np.isfinite(transformed(logits_lib.top_p(0.6), logits)), [[1, 1, 0], [1, 1, 1]])
+    np.isfinite(transformed(logits_lib.top_p(0.6), logits)), [[1, 1, 0], [1, 1, 1]]
+  )
 
 
 @pytest.mark.parametrize("p", [0.0, 1e-45, 1e-38])
@@ -75,8 +85,12 @@ def test_top_p_towards_zero_is_greedy(p):
 
 def test_no_filter_at_the_ends_of_the_range():
   logits = np.vstack([AWKWARD, random_logits(5, 6)]).astype(np.float32)
-  for transform in (logits_lib.top_k(6), logits_lib.top_p(1.0), logits_lib.chain(),
-                    logits_lib.temperature(1.0)):
+  for transform in (
+    logits_lib.top_k(6),
+    logits_lib.top_p(1.0),
+    logits_lib.chain(),
+    logits_lib.temperature(1.0),
+  ):
     np.testing.assert_array_equal(transformed(transform, logits), logits)
 
 
@@ -96,22 +110,36 @@ def test_temperature_is_a_power_of_the_law():
 
 def test_temperature_zero_is_greedy_and_its_gradient_is_finite():
   logits = random_logits()
-  np.testing.assert_array_equal(transformed(logits_lib.temperature(0.0), logits),
-                                transformed(logits_lib.greedy(), logits))
-  total = lambda t: jnp.sum(jnp.where(jnp.isfinite(
-    out := logits_lib.temperature(t).apply(jnp.asarray(logits, jnp.float32), None, ())), out, 0))
+  np.testing.assert_array_equal(
+    transformed(logits_lib.temperature(0.0), logits), transformed(logits_lib.greedy(), logits)
+  )
+  total = lambda t: jnp.sum(
+    jnp.where(
+      jnp.isfinite(
+        out := logits_lib.temperature(t).apply(jnp.asarray(logits, jnp.float32), None, ())
+      ),
+      out,
+      0,
+    )
+  )
   assert np.isfinite(jax.grad(total)(0.0)) and jax.grad(total)(1.0) != 0
 
 
-@pytest.mark.parametrize("factory, values", [
-  (logits_lib.temperature, [0.0, 0.5, 1.0, 2.0]), (logits_lib.top_k, [1, 2, 4, 50]),
-  (logits_lib.top_p, [1e-6, 0.4, 0.9, 1.0])])
+@pytest.mark.parametrize(
+  "factory, values",
+  [
+    (logits_lib.temperature, [0.0, 0.5, 1.0, 2.0]),
+    (logits_lib.top_k, [1, 2, 4, 50]),
+    (logits_lib.top_p, [1e-6, 0.4, 0.9, 1.0]),
+  ],
+)
 def test_settings_per_row_equal_the_rows_apart(factory, values):
   logits = random_logits(rows=4)
   together = jax.jit(lambda values, logits: factory(values).apply(logits, None, ()))(
-    jnp.asarray(values), jnp.asarray(logits, jnp.float32))
+    jnp.asarray(values), jnp.asarray(logits, jnp.float32)
+  )
   for b, value in enumerate(values):
-    np.testing.assert_array_equal(together[b], transformed(factory(value), logits[b:b + 1])[0])
+    np.testing.assert_array_equal(together[b], transformed(factory(value), logits[b : b + 1])[0])
 
 
 def test_bisection_finds_every_threshold_among_extreme_floats():
@@ -123,8 +151,8 @@ def test_bisection_finds_every_threshold_among_extreme_floats():
   ks = jnp.asarray(rng.integers(1, 34, 64))
   out = np.asarray(logits_lib.top_k(ks).apply(jnp.asarray(floats), None, ()))
   for row, result, k in zip(floats, out, ks, strict=True):
-    kept = np.sort(row)[::-1][:int(k)]
-    np.testing.assert_array_equal(np.sort(result)[::-1][:int(k)], kept)
+    kept = np.sort(row)[::-1][: int(k)]
+    np.testing.assert_array_equal(np.sort(result)[::-1][: int(k)], kept)
     assert np.all(result[row < kept[-1]] == -INF)
 
 
@@ -133,8 +161,10 @@ def test_chain_applies_in_order():
   hot, nucleus = logits_lib.temperature(3.0), logits_lib.top_p(0.75)
   assert np.isfinite(transformed(logits_lib.chain(nucleus, hot), logits)).sum() == 2
   assert np.isfinite(transformed(logits_lib.chain(hot, nucleus), logits)).sum() == 3
-  np.testing.assert_array_equal(transformed(logits_lib.chain(hot, nucleus), logits),
-                                transformed(nucleus, transformed(hot, logits)))
+  np.testing.assert_array_equal(
+    transformed(logits_lib.chain(hot, nucleus), logits),
+    transformed(nucleus, transformed(hot, logits)),
+  )
 
 
 def test_chain_carries_the_state_of_those_that_feed_back():
@@ -142,8 +172,10 @@ def test_chain_carries_the_state_of_those_that_feed_back():
     return logits - state[:, None]
 
   count = logits_lib.LogitsTransform(
-    init=jnp.zeros, apply=apply,
-    update=lambda model_logits, token, state: state + model_logits[:, 0] + token)
+    init=jnp.zeros,
+    apply=apply,
+    update=lambda model_logits, token, state: state + model_logits[:, 0] + token,
+  )
   transform = logits_lib.chain(logits_lib.temperature(2.0), logits_lib.chain(count))
   state = transform.init(2)
   logits, token = jnp.array([[4.0, 2.0], [6.0, 0.0]]), jnp.array([1, 0])
@@ -163,7 +195,8 @@ def test_draw_follows_softmax(vocab_size):
   row[rng.random(vocab_size) < 0.2] = -INF
   row[0] = 1.0
   tokens = jax.jit(logits_lib.draw)(
-    keys(num), jnp.broadcast_to(jnp.asarray(row, jnp.float32), (num, vocab_size)))
+    keys(num), jnp.broadcast_to(jnp.asarray(row, jnp.float32), (num, vocab_size))
+  )
   assert tokens.dtype == jnp.int32
   law = targets.softmax(row)
   targets.check_law(tokens[:, None], law)
@@ -190,7 +223,7 @@ def test_draw_keeps_the_tail():
   """
   num, vocab_size, tail = 11 << 16, 2048, 2000
   law = np.full(vocab_size, 3e-8)
-  law[::len(law) // 48][:48] = 0
+  law[:: len(law) // 48][:48] = 0
   heads = np.flatnonzero(law == 0)
   law[heads] = (1 - 3e-8 * (vocab_size - len(heads))) / len(heads)
   row = jnp.asarray(np.log(law), jnp.float32)
@@ -199,8 +232,10 @@ def test_draw_keeps_the_tail():
   def count(key):
     def body(total, key):
       tokens = jax.vmap(lambda key: logits_lib.draw(key[None], row[None])[0])(
-        jax.random.split(key, 1 << 14))
+        jax.random.split(key, 1 << 14)
+      )
       return total + jnp.sum(~jnp.isin(tokens, heads)), None
+
     return jax.lax.scan(body, jnp.int32(0), jax.random.split(key, num >> 14))[0]
 
   assert vocab_size - len(heads) == tail

@@ -43,9 +43,7 @@ def state_at(step, width=64):
 
 
 def bits(tree):
-  plain = lambda x: (
-    jax.random.key_data(x) if jnp.issubdtype(x.dtype, jax.dtypes.prng_key) else x
-  )
+  plain = lambda x: jax.random.key_data(x) if jnp.issubdtype(x.dtype, jax.dtypes.prng_key) else x
   return [
     (jax.tree_util.keystr(p), str(x.dtype), x.shape, np.asarray(plain(x)).tobytes())
     for p, x in jax.tree.leaves_with_path(tree)

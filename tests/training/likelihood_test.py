@@ -44,8 +44,9 @@ def test_cross_entropy_equals_optax():
 
 @pytest.mark.parametrize("z_loss", [0.0, 0.3])
 def test_gradient_of_cross_entropy_is_its_closed_form(z_loss):
-  gradient = jax.grad(
-    lambda logits: likelihood.cross_entropy(logits, CHOSEN, z_loss=z_loss).sum())(LOGITS)
+  gradient = jax.grad(lambda logits: likelihood.cross_entropy(logits, CHOSEN, z_loss=z_loss).sum())(
+    LOGITS
+  )
   probability, exact = targets.softmax(LOGITS), np.asarray(LOGITS, np.float64)
   log_normaliser = np.log(np.exp(exact).sum(axis=-1, keepdims=True))
   expected = probability - np.eye(V)[CHOSEN] + 2 * z_loss * log_normaliser * probability
@@ -63,7 +64,8 @@ def test_cross_entropy_of_large_and_of_narrow_logits(z_loss):
 
 def chunked(kernel, hidden, mask=MASK, *, chunk, z_loss=0.01):
   return likelihood.chunked_cross_entropy(
-    lambda hidden: jnp.matmul(hidden, kernel), hidden, TARGETS, mask, chunk=chunk, z_loss=z_loss)
+    lambda hidden: jnp.matmul(hidden, kernel), hidden, TARGETS, mask, chunk=chunk, z_loss=z_loss
+  )
 
 
 def whole(kernel, hidden, mask=MASK):
@@ -105,8 +107,9 @@ def test_chunks_equal_the_whole_in_gradient(chunk):
 @pytest.mark.parametrize("chunk", [4, 10])
 def test_the_mask_weighs_targets(chunk):
   weights = jnp.asarray(np.random.default_rng(1).uniform(size=(B, L)), jnp.float32)
-  for found, expected in zip(chunked(KERNEL, HIDDEN, weights, chunk=chunk),
-                             whole(KERNEL, HIDDEN, weights), strict=True):
+  for found, expected in zip(
+    chunked(KERNEL, HIDDEN, weights, chunk=chunk), whole(KERNEL, HIDDEN, weights), strict=True
+  ):
     np.testing.assert_allclose(found, expected, rtol=1e-5)
 
 
@@ -123,7 +126,8 @@ def test_a_masked_target_may_be_impossible():
 
   def loss(logits):
     return likelihood.chunked_cross_entropy(
-      lambda x: x, logits, jnp.array([[1, 0]]), jnp.array([[0.0, 1.0]]), chunk=1)[0][0]
+      lambda x: x, logits, jnp.array([[1, 0]]), jnp.array([[0.0, 1.0]]), chunk=1
+    )[0][0]
 
   value, gradient = jax.value_and_grad(loss)(logits)
   assert value == pytest.approx(np.log(2))
@@ -154,7 +158,8 @@ def test_logits_are_made_a_chunk_at_a_time(chunk):
 
   def loss(kernel, hidden):
     return likelihood.chunked_cross_entropy(
-      lambda x: jnp.matmul(x, kernel), hidden, tokens, jnp.ones(tokens.shape), chunk=chunk)[0].sum()
+      lambda x: jnp.matmul(x, kernel), hidden, tokens, jnp.ones(tokens.shape), chunk=chunk
+    )[0].sum()
 
   forward_and_backward = jax.value_and_grad(loss, argnums=(0, 1))
   for function in (loss, forward_and_backward):
@@ -166,8 +171,11 @@ def test_logits_are_made_a_chunk_at_a_time(chunk):
 
 def test_next_token_never_makes_all_logits():
   model, params = targets.tiny_target(vocab_size=400)
-  batch = {"tokens": jnp.zeros((2, 32), jnp.int32), "targets": jnp.zeros((2, 32), jnp.int32),
-           "mask": jnp.ones((2, 32), bool)}
+  batch = {
+    "tokens": jnp.zeros((2, 32), jnp.int32),
+    "targets": jnp.zeros((2, 32), jnp.int32),
+    "mask": jnp.ones((2, 32), bool),
+  }
 
   def total(loss_fn):
     return jax.grad(lambda params: loss_fn(jax.random.key(0), params, batch)[0][0].sum())
@@ -183,24 +191,35 @@ def test_next_token_is_the_negative_log_law(chunk):
   law = toy.table_law(targets.softmax(params), prompt, num_tokens)
   rows = np.array([prompt + drawn for drawn in itertools.product(range(3), repeat=num_tokens)])
   mask = np.broadcast_to([False, True, True, True], (27, 4))  # the first target is of the prompt
-  batch = {"tokens": jnp.asarray(rows[:, :-1]), "targets": jnp.asarray(rows[:, 1:]),
-           "mask": jnp.asarray(mask)}
+  batch = {
+    "tokens": jnp.asarray(rows[:, :-1]),
+    "targets": jnp.asarray(rows[:, 1:]),
+    "mask": jnp.asarray(mask),
+  }
   (losses, weights), metrics = likelihood.next_token(model, chunk=chunk)(
-    jax.random.key(0), params, batch)
+    jax.random.key(0), params, batch
+  )
   np.testing.assert_allclose(losses, -np.log(law.reshape(-1)), rtol=1e-5)
   np.testing.assert_array_equal(weights, np.full(27, 3.0))
-  greedy = [sum(targets.softmax(params)[tuple(row[t - 2:t])].argmax() == row[t] for t in (2, 3, 4))
-            for row in rows]
+  greedy = [
+    sum(targets.softmax(params)[tuple(row[t - 2 : t])].argmax() == row[t] for t in (2, 3, 4))
+    for row in rows
+  ]
   np.testing.assert_array_equal(metrics["accuracy"], greedy)
   assert set(metrics) == {"accuracy"}
 
 
 def test_next_token_passes_its_z_loss_on():
   model, params = targets.table_target(vocab_size=3, order=1)
-  batch = {"tokens": jnp.array([[0, 2]]), "targets": jnp.array([[2, 1]]),
-           "mask": jnp.array([[True, True]])}
-  sums = [likelihood.next_token(model, z_loss=z)(jax.random.key(0), params, batch)[0][0][0]
-          for z in (0.0, 0.1)]
+  batch = {
+    "tokens": jnp.array([[0, 2]]),
+    "targets": jnp.array([[2, 1]]),
+    "mask": jnp.array([[True, True]]),
+  }
+  sums = [
+    likelihood.next_token(model, z_loss=z)(jax.random.key(0), params, batch)[0][0][0]
+    for z in (0.0, 0.1)
+  ]
   log_normalisers = np.log(np.exp(np.asarray(params, np.float64)).sum(axis=-1))
   expected = 0.1 * np.square(log_normalisers[[0, 2]]).sum()
   assert sums[1] - sums[0] == pytest.approx(expected, rel=1e-4)
@@ -213,8 +232,10 @@ def document(rng, length):
 
 def padded(rows, length=12):
   """Rows of documents, end to end, as data.py packs them; segment 0 is padding."""
-  batch = {name: np.zeros((len(rows), length), np.int32)
-           for name in ("tokens", "targets", "mask", "segments", "positions")}
+  batch = {
+    name: np.zeros((len(rows), length), np.int32)
+    for name in ("tokens", "targets", "mask", "segments", "positions")
+  }
   for b, documents in enumerate(rows):
     start = 0
     for number, (tokens, following, mask) in enumerate(documents):
@@ -239,6 +260,7 @@ def test_a_packed_batch_equals_its_documents_apart():
     def sums(params):
       (losses, weights), metrics = loss_fn(jax.random.key(0), params, batch)
       return losses.sum(), (losses, weights, metrics["accuracy"])
+
     return jax.grad(sums, has_aux=True)(params)
 
   together, packed = gradient(params, padded(rows))
@@ -249,8 +271,11 @@ def test_a_packed_batch_equals_its_documents_apart():
   for found, of_document in zip(packed, single, strict=True):
     expected = [of_document[:3].sum(), of_document[3], 0]
     np.testing.assert_allclose(found, np.array(expected), rtol=1e-4)
-  jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=1e-4 * max(1, np.abs(b).max())),
-               together, apart)
+  jax.tree.map(
+    lambda a, b: np.testing.assert_allclose(a, b, atol=1e-4 * max(1, np.abs(b).max())),
+    together,
+    apart,
+  )
 
 
 def test_next_token_drops_out_by_its_key():

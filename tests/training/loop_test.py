@@ -38,11 +38,15 @@ def run(record, num_steps, first=0, write=1000, evaluate=1000, save=1000, losses
     return held._replace(step=done), metrics
 
   return loop.fit(
-    start(first), (f"batch {n}" for n in itertools.count(first + 1)), step, num_steps=num_steps,
+    start(first),
+    (f"batch {n}" for n in itertools.count(first + 1)),
+    step,
+    num_steps=num_steps,
     write=loop.Every(write, lambda done, metrics: record.note("write", done, metrics)),
     evaluate=loop.Every(evaluate, lambda done, held: record.note("evaluate", done, int(held.step))),
     save=loop.Every(save, lambda done, held: record.note("save", done, int(held.step))),
-    progress=lambda done: record.note("progress", done))
+    progress=lambda done: record.note("progress", done),
+  )
 
 
 def metrics(step):
@@ -54,14 +58,28 @@ def test_every_event_of_a_short_run_in_order():
   final = run(record, 5, write=2, evaluate=3, save=2)
   assert int(final.step) == 5
   assert record == [
-    ("step", "batch 1"), ("progress", 1),
-    ("step", "batch 2"), ("progress", 2), ("write", 2, metrics(2)), ("save", 2, 2),
-    ("step", "batch 3"), ("progress", 3), ("evaluate", 3, 3),
-    ("step", "batch 4"), ("progress", 4), ("write", 4, metrics(4)), ("save", 4, 4),
-    ("step", "batch 5"), ("progress", 5), ("write", 5, metrics(5)), ("evaluate", 5, 5),
-    ("save", 5, 5)]
-  assert all(type(value) is float for event in record if event[0] == "write"
-             for value in event[2].values())
+    ("step", "batch 1"),
+    ("progress", 1),
+    ("step", "batch 2"),
+    ("progress", 2),
+    ("write", 2, metrics(2)),
+    ("save", 2, 2),
+    ("step", "batch 3"),
+    ("progress", 3),
+    ("evaluate", 3, 3),
+    ("step", "batch 4"),
+    ("progress", 4),
+    ("write", 4, metrics(4)),
+    ("save", 4, 4),
+    ("step", "batch 5"),
+    ("progress", 5),
+    ("write", 5, metrics(5)),
+    ("evaluate", 5, 5),
+    ("save", 5, 5),
+  ]
+  assert all(
+    type(value) is float for event in record if event[0] == "write" for value in event[2].values()
+  )
 
 
 def test_the_last_step_does_all_whatever_the_periods():
@@ -76,7 +94,7 @@ def test_a_run_goes_on_from_the_states_step_with_the_same_periods():
   run(whole, 7, write=2, evaluate=3, save=2)
   final = run(resumed, 7, first=4, write=2, evaluate=3, save=2)
   assert int(final.step) == 7
-  assert resumed == whole[whole.index(("step", "batch 5")):]
+  assert resumed == whole[whole.index(("step", "batch 5")) :]
 
 
 @pytest.mark.parametrize("first", [3, 5])
@@ -88,8 +106,10 @@ def test_a_finished_run_does_nothing(first):
 @pytest.fixture
 def handlers():
   """Handlers of our own, to be found again after the loop."""
-  mine = {number: (lambda *_: pytest.fail("not the loop's handler"))
-          for number in (signal.SIGTERM, signal.SIGINT)}
+  mine = {
+    number: (lambda *_: pytest.fail("not the loop's handler"))
+    for number in (signal.SIGTERM, signal.SIGINT)
+  }
   before = {number: signal.signal(number, handler) for number, handler in mine.items()}
   yield mine
   found = {number: signal.getsignal(number) for number in mine}
@@ -115,8 +135,15 @@ def test_a_signal_during_evaluation_waits_for_the_next_step(handlers):
   record = Record({("evaluate", 2): [send(signal.SIGTERM)]})
   with pytest.raises(loop.Interrupted, match="SIGTERM after step 3 of 9"):
     run(record, 9, evaluate=2, save=2)
-  assert record[2:] == [("step", "batch 2"), ("progress", 2), ("evaluate", 2, 2), ("save", 2, 2),
-                        ("step", "batch 3"), ("progress", 3), ("save", 3, 3)]
+  assert record[2:] == [
+    ("step", "batch 2"),
+    ("progress", 2),
+    ("evaluate", 2, 2),
+    ("save", 2, 2),
+    ("step", "batch 3"),
+    ("progress", 3),
+    ("save", 3, 3),
+  ]
 
 
 def test_a_signal_where_all_is_due_skips_the_costly_evaluation(handlers):

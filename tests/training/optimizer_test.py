@@ -11,24 +11,27 @@ from ancestral.models import transformer
 from ancestral.training import optimizer
 
 
-@pytest.mark.parametrize("step, expected", [
-  (0, 0.0), (5, 1.5), (10, 3.0), (60, 3.0 * 0.55), (110, 0.3), (500, 0.3)])
+@pytest.mark.parametrize(
+  "step, expected", [(0, 0.0), (5, 1.5), (10, 3.0), (60, 3.0 * 0.55), (110, 0.3), (500, 0.3)]
+)
 def test_warmup_cosine_at_its_knots(step, expected):
   schedule = optimizer.warmup_cosine(3.0, num_steps=110, warmup_steps=10)
   assert schedule(step) == pytest.approx(expected, rel=1e-5)
 
 
-@pytest.mark.parametrize("step, expected", [
-  (0, 0.0), (5, 2.0), (10, 4.0), (50, 4.0), (80, 4.0), (90, 2.5), (100, 1.0), (500, 1.0)])
+@pytest.mark.parametrize(
+  "step, expected",
+  [(0, 0.0), (5, 2.0), (10, 4.0), (50, 4.0), (80, 4.0), (90, 2.5), (100, 1.0), (500, 1.0)],
+)
 def test_warmup_stable_decay_at_its_knots(step, expected):
-  schedule = optimizer.warmup_stable_decay(4.0, num_steps=100, warmup_steps=10,
-                                           final_fraction=0.25)
+  schedule = optimizer.warmup_stable_decay(4.0, num_steps=100, warmup_steps=10, final_fraction=0.25)
   assert schedule(step) == pytest.approx(expected, rel=1e-5)
 
 
 def test_the_stable_part_does_not_know_how_long_the_run_is():
-  short, long = (optimizer.warmup_stable_decay(1.0, num_steps=n, warmup_steps=10)
-                 for n in (100, 300))
+  short, long = (
+    optimizer.warmup_stable_decay(1.0, num_steps=n, warmup_steps=10) for n in (100, 300)
+  )
   assert [short(step) for step in range(0, 81, 8)] == [long(step) for step in range(0, 81, 8)]
   assert short(99) < 0.1 and long(240) == 1 and long(300) == 0
 
@@ -56,12 +59,14 @@ def names(tree):
 
 def layer_names(prefix):
   projections = [f"attention/{name}" for name in ("query", "key", "value", "output")] + [
-    f"mlp/{name}" for name in ("gate", "up", "down")]
+    f"mlp/{name}" for name in ("gate", "up", "down")
+  ]
   return {f"{prefix}/{name}/kernel" for name in projections}
 
 
-@pytest.mark.parametrize("scan_layers, prefixes", [(True, ["layers"]),
-                                                   (False, ["layers/0", "layers/1"])])
+@pytest.mark.parametrize(
+  "scan_layers, prefixes", [(True, ["layers"]), (False, ["layers/0", "layers/1"])]
+)
 def test_matrices_decay_and_norms_and_biases_do_not(scan_layers, prefixes):
   _, params = targets.tiny_target(**FIELDS, scan_layers=scan_layers)
   expected = {"embedding", "positions", "readout"}.union(*map(layer_names, prefixes))
@@ -76,7 +81,8 @@ def test_params_without_names_decay():
 def random_like(tree, seed, scale=1.0):
   rng = np.random.default_rng(seed)
   return jax.tree.map(
-    lambda leaf: jnp.asarray(scale * rng.normal(size=leaf.shape), jnp.float32), tree)
+    lambda leaf: jnp.asarray(scale * rng.normal(size=leaf.shape), jnp.float32), tree
+  )
 
 
 def updates_of(made, params, gradients):
@@ -122,13 +128,21 @@ def test_stacked_and_unstacked_params_get_the_same_updates(make):
   apart = updates_of(made, transformer.unstack(params), [transformer.unstack(g) for g in gradients])
   for one, other in zip(stacked[1:], apart[1:], strict=True):
     assert max(np.abs(leaf).max() for leaf in jax.tree.leaves(one)) > 0.01
-    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-3, atol=1e-5),
-                 one, transformer.stack(other))
+    jax.tree.map(
+      lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-3, atol=1e-5),
+      one,
+      transformer.stack(other),
+    )
 
 
-PARAMS = {"layers": {"up": {"kernel": jnp.ones((3, 8, 5)), "bias": jnp.ones((3, 5))},
-                     "norm": {"scale": jnp.ones((3, 8))}},
-          "embedding": jnp.ones((11, 8)), "readout": jnp.ones((8, 11))}
+PARAMS = {
+  "layers": {
+    "up": {"kernel": jnp.ones((3, 8, 5)), "bias": jnp.ones((3, 5))},
+    "norm": {"scale": jnp.ones((3, 8))},
+  },
+  "embedding": jnp.ones((11, 8)),
+  "readout": jnp.ones((8, 11)),
+}
 GRADIENTS = [random_like(PARAMS, seed) for seed in range(3)]
 SCHEDULE = optax.linear_schedule(0.1, 0.05, 3)
 
@@ -139,15 +153,17 @@ def test_weight_decay_alone_shrinks_what_decays():
   muon = optimizer.muon(optax.constant_schedule(0.5), weight_decay=0.2)
   for made, decayed in ((adamw, {"kernel", "embedding", "readout"}), (muon, {"kernel"})):
     updates = updates_of(made, params, [zeros])[0]
-    for (path, update), param in zip(jax.tree_util.tree_leaves_with_path(updates),
-                                     jax.tree.leaves(params), strict=True):
+    for (path, update), param in zip(
+      jax.tree_util.tree_leaves_with_path(updates), jax.tree.leaves(params), strict=True
+    ):
       factor = -0.1 if path[-1].key in decayed else 0.0
       np.testing.assert_allclose(update, factor * param, rtol=1e-5, atol=1e-8)
 
 
 def test_muon_orthogonalises_each_layers_kernel():
-  updates = updates_of(optimizer.muon(optax.constant_schedule(0.1), weight_decay=0.0), PARAMS,
-                       GRADIENTS)
+  updates = updates_of(
+    optimizer.muon(optax.constant_schedule(0.1), weight_decay=0.0), PARAMS, GRADIENTS
+  )
   for update, gradient in zip(updates, GRADIENTS, strict=True):
     kernel = update["layers"]["up"]["kernel"]
     given = np.linalg.svd(gradient["layers"]["up"]["kernel"], compute_uv=False)
@@ -160,8 +176,9 @@ def test_muon_orthogonalises_each_layers_kernel():
 
 
 def test_the_first_muon_update_keeps_the_gradients_singular_vectors():
-  updates = updates_of(optimizer.muon(optax.constant_schedule(0.1), weight_decay=0.0), PARAMS,
-                       GRADIENTS)
+  updates = updates_of(
+    optimizer.muon(optax.constant_schedule(0.1), weight_decay=0.0), PARAMS, GRADIENTS
+  )
   gradient = np.asarray(GRADIENTS[0]["layers"]["up"]["kernel"], np.float64)
   left, _, right = np.linalg.svd(gradient, full_matrices=False)
   turned = np.einsum("nik,nio,njo->nkj", left, updates[0]["layers"]["up"]["kernel"], right)
@@ -176,18 +193,25 @@ def test_muon_on_a_stack_equals_optax_on_each_kernel_alone():
   updates = updates_of(made, PARAMS, GRADIENTS)
   for layer in range(3):
     peer = optax.contrib.muon(SCHEDULE, beta=0.9, weight_decay=0.3, consistent_rms=0.2)
-    alone = updates_of(peer, jnp.ones((8, 5)),
-                       [gradient["layers"]["up"]["kernel"][layer] for gradient in GRADIENTS])
+    alone = updates_of(
+      peer, jnp.ones((8, 5)), [gradient["layers"]["up"]["kernel"][layer] for gradient in GRADIENTS]
+    )
     for update, expected in zip(updates, alone, strict=True):
-      np.testing.assert_allclose(update["layers"]["up"]["kernel"][layer], expected,
-                                 rtol=1e-3, atol=1e-5)
+      np.testing.assert_allclose(
+        update["layers"]["up"]["kernel"][layer], expected, rtol=1e-3, atol=1e-5
+      )
 
 
 def test_what_muon_leaves_out_is_nesterov_adams():
   made = optimizer.muon(SCHEDULE, b1=0.8, b2=0.9, weight_decay=0.3, clip_norm=1e9)
-  rest = lambda tree: {"bias": tree["layers"]["up"]["bias"], "embedding": tree["embedding"],
-                       "scale": tree["layers"]["norm"]["scale"], "readout": tree["readout"]}
-  expected = updates_of(optax.nadam(SCHEDULE, b1=0.8, b2=0.9), rest(PARAMS),
-                        [rest(gradient) for gradient in GRADIENTS])
+  rest = lambda tree: {
+    "bias": tree["layers"]["up"]["bias"],
+    "embedding": tree["embedding"],
+    "scale": tree["layers"]["norm"]["scale"],
+    "readout": tree["readout"],
+  }
+  expected = updates_of(
+    optax.nadam(SCHEDULE, b1=0.8, b2=0.9), rest(PARAMS), [rest(gradient) for gradient in GRADIENTS]
+  )
   for update, one in zip(updates_of(made, PARAMS, GRADIENTS), expected, strict=True):
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-4), rest(update), one)

@@ -54,7 +54,9 @@ def test_an_average_of_constants_stays_and_keeps_its_type():
   for step in range(3):
     average = averaging.update(average, params, jnp.int32(step))
   assert {name: leaf.dtype for name, leaf in average.items()} == {
-    "wide": jnp.float32, "narrow": jnp.bfloat16}
+    "wide": jnp.float32,
+    "narrow": jnp.bfloat16,
+  }
   jax.tree.map(np.testing.assert_array_equal, average, params)
 
 
@@ -74,8 +76,10 @@ def test_no_two_leaves_share_a_buffer(compiled):
 
 
 def test_the_average_outlives_donated_params():
-  made, same = (state.init(jax.random.key(0), init_params, OPTIMIZER,
-                           state.exponential_average(0.9)) for _ in range(2))
+  made, same = (
+    state.init(jax.random.key(0), init_params, OPTIMIZER, state.exponential_average(0.9))
+    for _ in range(2)
+  )
   jax.jit(lambda params: jax.tree.map(lambda leaf: leaf + 1, params), donate_argnums=0)(made.params)
   assert all(leaf.is_deleted() for leaf in jax.tree.leaves(made.params))
   jax.tree.map(np.testing.assert_array_equal, made.average, same.params)

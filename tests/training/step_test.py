@@ -15,9 +15,11 @@ from ancestral.training import likelihood, optimizer, state, step
 
 RNG = np.random.default_rng(0)
 WEIGHT = np.array([100, 0, 0, 1e-3, 3, 0, 7, 0.5])  # very uneven; microbatches may weigh nothing
-REGRESSION = {"x": jnp.asarray(RNG.normal(size=(8, 3)), jnp.float32),
-              "y": jnp.asarray(RNG.normal(size=8), jnp.float32),
-              "weight": jnp.asarray(WEIGHT, jnp.float32)}
+REGRESSION = {
+  "x": jnp.asarray(RNG.normal(size=(8, 3)), jnp.float32),
+  "y": jnp.asarray(RNG.normal(size=8), jnp.float32),
+  "weight": jnp.asarray(WEIGHT, jnp.float32),
+}
 PARAMS = {"kernel": jnp.array([[0.5], [-1.0], [2.0]])}
 
 
@@ -36,8 +38,14 @@ def start(made, params=PARAMS, averaging=None):
 def stepper(made, loss_fn=regression, averaging=None, num_microbatches=1, seed=1):
   averaging = averaging or state.no_average()
   return lambda held, batch: step.train_step(
-    jax.random.key(seed), held, batch, loss_fn=loss_fn, optimizer=made, averaging=averaging,
-    num_microbatches=num_microbatches)
+    jax.random.key(seed),
+    held,
+    batch,
+    loss_fn=loss_fn,
+    optimizer=made,
+    averaging=averaging,
+    num_microbatches=num_microbatches,
+  )
 
 
 def normal_equations(params, batch=REGRESSION):
@@ -68,9 +76,14 @@ def test_steps_equal_optax_steps_on_the_gradient_by_hand(num_microbatches):
 
 def test_metrics_are_of_the_whole_batch():
   made = optax.sgd(0.1)
-  _, metrics = stepper(made, lambda key, params, batch: (
-    (0 * params["kernel"][0] * batch["x"][:, 0], batch["weight"]), {"count": batch["weight"] > 1}),
-    num_microbatches=2)(start(made), REGRESSION)
+  _, metrics = stepper(
+    made,
+    lambda key, params, batch: (
+      (0 * params["kernel"][0] * batch["x"][:, 0], batch["weight"]),
+      {"count": batch["weight"] > 1},
+    ),
+    num_microbatches=2,
+  )(start(made), REGRESSION)
   assert metrics["count"] == pytest.approx(3 / WEIGHT.sum(), rel=1e-6)
   assert set(metrics) == {"loss", "gradient_norm", "weight", "count"}
 
@@ -112,8 +125,10 @@ def test_microbatches_do_not_change_a_transformers_step():
   made, averaging = optax.sgd(1.0), state.exponential_average(0.9)
   batch = token_batch(0)
   held = start(made, params, averaging)
-  runs = [jax.jit(stepper(made, likelihood.next_token(model, chunk=5), averaging, n))(held, batch)
-          for n in (1, 4)]  # 2 and 8 too in the regression above
+  runs = [
+    jax.jit(stepper(made, likelihood.next_token(model, chunk=5), averaging, n))(held, batch)
+    for n in (1, 4)
+  ]  # 2 and 8 too in the regression above
   for other, metrics in runs[1:]:
     close(other, runs[0][0])
     close(metrics, runs[0][1])
@@ -184,9 +199,12 @@ def test_the_step_lowers_for_accelerators(platform, make):
   made = make(optimizer.warmup_stable_decay(1e-3, num_steps=10, warmup_steps=2))
   averaging = state.exponential_average(0.99)
   batch = jax.eval_shape(lambda: token_batch(0))
-  held = jax.eval_shape(lambda key: state.init(
-    key, lambda key: model.init(key, jnp.zeros((1, 1), jnp.int32)), made, averaging),
-    jax.random.key(0))
+  held = jax.eval_shape(
+    lambda key: state.init(
+      key, lambda key: model.init(key, jnp.zeros((1, 1), jnp.int32)), made, averaging
+    ),
+    jax.random.key(0),
+  )
   run = stepper(made, likelihood.next_token(model, chunk=5), averaging, num_microbatches=2)
   lowered = jax.jit(run, donate_argnums=0).trace(held, batch).lower(lowering_platforms=(platform,))
   assert "stablehlo.while" in lowered.as_text()
@@ -227,11 +245,20 @@ print("the same step")
 
 def test_eight_devices_make_the_step_of_one():
   here = os.path.dirname(__file__)
-  environment = {**os.environ, "JAX_PLATFORMS": "cpu",
-                 "XLA_FLAGS": "--xla_force_host_platform_device_count=8",
-                 "PYTHONPATH": os.pathsep.join([here, os.path.dirname(here)])}
-  done = subprocess.run([sys.executable, "-c", SHARDED], env=environment, capture_output=True,
-                        text=True, timeout=120, check=False)
+  environment = {
+    **os.environ,
+    "JAX_PLATFORMS": "cpu",
+    "XLA_FLAGS": "--xla_force_host_platform_device_count=8",
+    "PYTHONPATH": os.pathsep.join([here, os.path.dirname(here)]),
+  }
+  done = subprocess.run(
+    [sys.executable, "-c", SHARDED],
+    env=environment,
+    capture_output=True,
+    text=True,
+    timeout=120,
+    check=False,
+  )
   assert done.returncode == 0, done.stderr
   assert done.stdout == "the same step\n"
 
