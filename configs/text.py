@@ -15,11 +15,20 @@ import sysconfig
 import ml_collections
 
 DATA = {
-  "folder": {"source": "text", "folder": sysconfig.get_path("stdlib"), "pattern": "*.py",
-             "fields": ("text",)},
+  "folder": {
+    "source": "text",
+    "folder": sysconfig.get_path("stdlib"),
+    "pattern": "*.py",
+    "fields": ("text",),
+  },
   "jsonl": {"source": "jsonl", "path": "", "fields": ("text",)},
-  "tfds": {"source": "tfds", "name": "wiki40b/en", "split": "train", "data_dir": "",
-           "fields": ("text",)},
+  "tfds": {
+    "source": "tfds",
+    "name": "wiki40b/en",
+    "split": "train",
+    "data_dir": "",
+    "fields": ("text",),
+  },
 }
 
 
@@ -27,45 +36,47 @@ def get_config(variant: str = "folder") -> ml_collections.ConfigDict:
   """The experiment; see the file's docstring."""
   if variant not in DATA:
     raise ValueError(f"configs/text.py has no variant {variant!r}: it has {', '.join(DATA)}.")
-  config = ml_collections.ConfigDict({
-    "seed": 0,
-    "tokenizer": {"name": "bytes", "path": ""},  # or file: a tokenizers JSON file at path
-    "data": {
-      **DATA[variant],
-      "rows": "concatenate",  # or pad, first_fit: documents are not cut
-      "row_length": 256,
-      "test_percent": 10,
-    },
-    "model": {
-      "num_layers": 4,
-      "width": 128,
-      "num_heads": 4,
-      "dropout": 0.0,
-      "dtype": "float32",
-    },
-    "optimizer": {
-      "name": "adamw",  # or muon
-      "schedule": "warmup_cosine",  # or warmup_stable_decay
-      "peak": 3e-3,
-      "warmup_steps": 50,
-      "weight_decay": 0.1,
-      "clip_norm": 1.0,
-    },
-    "loss": {"z_loss": 0.0, "chunk": 256},
-    "train": {
-      "num_steps": 500,
-      "batch_size": 32,
-      "num_microbatches": 1,
-      "average_decay": 0.0,  # of the parameters' exponential average; 0 keeps none
-      "log_every": 10,
-      "evaluate_every": 100,
-      "save_every": 100,
-      "keep": 2,
-    },
-    "evaluation": {
-      "num_batches": 8,
-      "max_new_tokens": 100,
-      "batch_size": 32,
-    },
-  })
+  config = ml_collections.ConfigDict(
+    {
+      "seed": 0,
+      "tokenizer": {"name": "bytes", "path": ""},  # or file: a tokenizers JSON file at path
+      "data": {
+        **DATA[variant],
+        "rows": "concatenate",  # or pad, first_fit: documents are not cut
+        "row_length": 256,
+        "test_percent": 10,
+      },
+      "model": {
+        "num_layers": 4,
+        "width": 128,
+        "num_heads": 4,
+        "dropout": 0.0,
+        "dtype": "float32",
+      },
+      "optimizer": {
+        "name": "adamw",  # or muon
+        "schedule": "warmup_cosine",  # or warmup_stable_decay
+        "peak": 3e-3,
+        "warmup_steps": 50,
+        "weight_decay": 0.1,
+        "clip_norm": 1.0,
+      },
+      "loss": {"z_loss": 0.0, "chunk": 256},
+      "train": {
+        "num_steps": 500,
+        "batch_size": 32,
+        "num_microbatches": 1,
+        "average_decay": 0.0,  # of the parameters' exponential average; 0 keeps none
+        "log_every": 10,
+        "evaluate_every": 100,
+        "save_every": 100,
+        "keep": 2,
+      },
+      "evaluation": {
+        "num_batches": 8,
+        "max_new_tokens": 100,
+        "batch_size": 32,
+      },
+    }
+  )
   return config.lock()

@@ -37,14 +37,22 @@ def table(attempts: Sequence[attempts_lib.Attempt]) -> rich.table.Table:
 def record(attempts: Sequence[attempts_lib.Attempt]) -> dict[str, Any]:
   """The same as JSON, and every answer with its verdict."""
   return {
-    "table": {name: [row._asdict() for row in rows]
-              for name, rows in attempts_lib.summarise(attempts).items()},
+    "table": {
+      name: [row._asdict() for row in rows]
+      for name, rows in attempts_lib.summarise(attempts).items()
+    },
     "attempts": [
-      {"prompt": a.problem.prompt, "answer": a.problem.answer,
-       "level": a.problem.metadata["level"],
-       "responses": [{"text": text, "correct": verdict.correct, "reason": verdict.reason}
-                     for text, verdict in zip(a.responses, a.verdicts, strict=True)]}
-      for a in attempts],
+      {
+        "prompt": a.problem.prompt,
+        "answer": a.problem.answer,
+        "level": a.problem.metadata["level"],
+        "responses": [
+          {"text": text, "correct": verdict.correct, "reason": verdict.reason}
+          for text, verdict in zip(a.responses, a.verdicts, strict=True)
+        ],
+      }
+      for a in attempts
+    ],
   }
 
 
@@ -60,10 +68,14 @@ def main(_: Sequence[str]) -> None:
   with flags.one_line_errors():
     workdir = flags.required(flags.WORKDIR)
     experiment, params, step = experiment_lib.restore_params(
-      flags.CONFIG.value, workdir, last=flags.LAST.value, step=flags.STEP.value)
+      flags.CONFIG.value, workdir, last=flags.LAST.value, step=flags.STEP.value
+    )
     config = experiment.config
-    measure = (experiment_lib.held_out_loss(experiment) if experiment.task is None else
-               experiment_lib.verified(experiment, num_samples=config.evaluation.num_samples))
+    measure = (
+      experiment_lib.held_out_loss(experiment)
+      if experiment.task is None
+      else experiment_lib.verified(experiment, num_samples=config.evaluation.num_samples)
+    )
   console = rich.console.Console(highlight=False)
   if experiment.task is None:
     loss = measure(params)

@@ -61,8 +61,9 @@ def _arithmetic(operation: Callable, config: Config) -> tasks.Task:
 
 def _expressions(config: Config) -> tasks.Task:
   styles = {"derivation": expressions.derivation, "value": expressions.value}
-  return expressions.expressions(style=choose("task.style", config.style, styles),
-                                 levels=config.levels)
+  return expressions.expressions(
+    style=choose("task.style", config.style, styles), levels=config.levels
+  )
 
 
 def _file(field: str, path: str) -> str:
@@ -71,8 +72,10 @@ def _file(field: str, path: str) -> str:
   return path
 
 
-TASKS = {name: functools.partial(_arithmetic, operation)
-         for name, operation in arithmetic.OPERATIONS.items()} | {"expressions": _expressions}
+TASKS = {
+  name: functools.partial(_arithmetic, operation)
+  for name, operation in arithmetic.OPERATIONS.items()
+} | {"expressions": _expressions}
 
 TOKENIZERS = {
   "bytes": lambda config: tokenizers.bytes_level(),
@@ -88,8 +91,10 @@ RECORDS = {
 
 ROWS = {"pad": data.pad, "first_fit": data.first_fit, "concatenate": data.concatenate}
 
-SCHEDULES = {"warmup_cosine": optimizer.warmup_cosine,
-             "warmup_stable_decay": optimizer.warmup_stable_decay}
+SCHEDULES = {
+  "warmup_cosine": optimizer.warmup_cosine,
+  "warmup_stable_decay": optimizer.warmup_stable_decay,
+}
 
 OPTIMIZERS = {"adamw": optimizer.adamw, "muon": optimizer.muon}
 
@@ -111,19 +116,23 @@ def _sources(config: Config, task: tasks.Task | None, tokenizer) -> tuple[data.S
   """Examples to train on, and held-out ones."""
   if task is not None:
     choose("data.source", config.data.source, {"task": None})
-    sides = (tasks.restrict(task, side, test_percent=config.task.test_percent)
-             for side in ("train", "test"))
+    sides = (
+      tasks.restrict(task, side, test_percent=config.task.test_percent)
+      for side in ("train", "test")
+    )
     return tuple(data.task_source(side, config.seed) for side in sides)
   records = choose("data.source", config.data.source, RECORDS)(config.data)
   examples = data.tokenize(records, tokenizer, config.data.fields)
-  return tuple(data.side(examples, side, test_percent=config.data.test_percent)
-               for side in ("train", "test"))
+  return tuple(
+    data.side(examples, side, test_percent=config.data.test_percent) for side in ("train", "test")
+  )
 
 
 def _optimizer(config: Config) -> tuple[optax.Schedule, optax.GradientTransformation]:
   c = config.optimizer
   schedule = choose("optimizer.schedule", c.schedule, SCHEDULES)(
-    c.peak, num_steps=config.train.num_steps, warmup_steps=c.warmup_steps)
+    c.peak, num_steps=config.train.num_steps, warmup_steps=c.warmup_steps
+  )
   make = choose("optimizer.name", c.name, OPTIMIZERS)
   return schedule, make(schedule, weight_decay=c.weight_decay, clip_norm=c.clip_norm)
 
@@ -131,8 +140,9 @@ def _optimizer(config: Config) -> tuple[optax.Schedule, optax.GradientTransforma
 def _check(config: Config) -> None:
   """Raises at the first number that its field cannot mean."""
   c = to_json(config)
-  fields = [(section, name) for section in ("model", "loss", "train", "evaluation")
-            for name in c[section]]
+  fields = [
+    (section, name) for section in ("model", "loss", "train", "evaluation") for name in c[section]
+  ]
   for section, name in [("data", "row_length"), *fields]:
     if type(c[section][name]) is int and c[section][name] < 1:
       raise ValueError(f"config.{section}.{name} is {c[section][name]}; it is at least 1.")
@@ -143,8 +153,9 @@ def _check(config: Config) -> None:
   temperature = c["evaluation"].get("temperature", 1.0)
   for message, holds in {
     f"seed is {c['seed']}; it is at least 0.": c["seed"] >= 0,
-    f"model.width={width} is not a multiple of config.model.num_heads={num_heads}.":
-      "head_dim" in c["model"] or width % num_heads == 0,
+    f"model.width={width} is not a multiple of config.model.num_heads={num_heads}.": "head_dim"
+    in c["model"]
+    or width % num_heads == 0,
     f"train.batch_size={batch_size} is not a multiple of config.train.num_microbatches="
     f"{num_microbatches}.": batch_size % num_microbatches == 0,
     f"train.average_decay is {decay}; it is in [0, 1).": 0 <= decay < 1,
@@ -163,31 +174,48 @@ def build(config: Config) -> Experiment:
   """
   _check(config)
   task = task_of(config)
-  tokenizer = task.tokenizer if task is not None else choose(
-    "tokenizer.name", config.tokenizer.name, TOKENIZERS)(config.tokenizer)
+  tokenizer = (
+    task.tokenizer
+    if task is not None
+    else choose("tokenizer.name", config.tokenizer.name, TOKENIZERS)(config.tokenizer)
+  )
   model_config = transformer.TransformerConfig(
-    vocab_size=tokenizer.vocab_size, max_length=config.data.row_length + 1,  # and the last target
-    **config.model)
+    vocab_size=tokenizer.vocab_size,
+    max_length=config.data.row_length + 1,  # and the last target
+    **config.model,
+  )
   model = transformer.transformer(model_config)
   source, held_out = _sources(config, task, tokenizer)
   rows = choose("data.rows", config.data.rows, ROWS)(config.data.row_length, tokenizer.pad)
   schedule, optimizer_ = _optimizer(config)
   decay = config.train.average_decay
   return Experiment(
-    config, task, tokenizer, model_config, model, source, held_out, rows,
-    likelihood.next_token(model, **config.loss), schedule, optimizer_,
-    state_lib.exponential_average(decay) if decay else state_lib.no_average())
+    config,
+    task,
+    tokenizer,
+    model_config,
+    model,
+    source,
+    held_out,
+    rows,
+    likelihood.next_token(model, **config.loss),
+    schedule,
+    optimizer_,
+    state_lib.exponential_average(decay) if decay else state_lib.no_average(),
+  )
 
 
 def init_state(experiment: Experiment, key: jax.Array) -> state_lib.TrainState:
   """The state before training."""
   tokens = jnp.zeros((1, 1), jnp.int32)
-  return state_lib.init(key, lambda key: experiment.model.init(key, tokens), experiment.optimizer,
-                        experiment.averaging)
+  return state_lib.init(
+    key, lambda key: experiment.model.init(key, tokens), experiment.optimizer, experiment.averaging
+  )
 
 
-def restore_params(config: Config | None, workdir: str, *, last: bool = False,
-                   step: int | None = None) -> tuple[Experiment, models.Params, int]:
+def restore_params(
+  config: Config | None, workdir: str, *, last: bool = False, step: int | None = None
+) -> tuple[Experiment, models.Params, int]:
   """The experiment, its trained parameters unstacked for decoding, and the step they are from.
 
   Args:
@@ -235,8 +263,10 @@ def sampler(experiment: Experiment, *, max_new_tokens: int, top_k: int | None = 
   """
   max_length = experiment.model_config.max_length
   if max_new_tokens >= max_length:
-    raise ValueError(f"max_new_tokens={max_new_tokens} leaves no room for a prompt in a sequence "
-                     f"of {max_length} tokens (config.data.row_length): lower it.")
+    raise ValueError(
+      f"max_new_tokens={max_new_tokens} leaves no room for a prompt in a sequence "
+      f"of {max_length} tokens (config.data.row_length): lower it."
+    )
 
   @jax.jit
   def sample(params, settings, keys, prompts):
@@ -244,8 +274,15 @@ def sampler(experiment: Experiment, *, max_new_tokens: int, top_k: int | None = 
     if top_k is not None:
       transforms.append(logits.top_k(top_k))
     transforms.append(logits.top_p(settings["top_p"]))
-    return decode.generate(experiment.model, params, keys, prompts, max_new_tokens=max_new_tokens,
-                           transform=logits.chain(*transforms), stop=(experiment.tokenizer.eos,))
+    return decode.generate(
+      experiment.model,
+      params,
+      keys,
+      prompts,
+      max_new_tokens=max_new_tokens,
+      transform=logits.chain(*transforms),
+      stop=(experiment.tokenizer.eos,),
+    )
 
   return sample
 
@@ -256,8 +293,9 @@ def held_out_problems(experiment: Experiment, count: int) -> list[tasks.Problem]
   for level in experiment.config.task.levels:
     config = experiment.config.task.copy_and_resolve_references()
     config.levels = (level,)
-    side = tasks.restrict(choose("task.name", config.name, TASKS)(config), "test",
-                          test_percent=config.test_percent)
+    side = tasks.restrict(
+      choose("task.name", config.name, TASKS)(config), "test", test_percent=config.test_percent
+    )
     drawn = tasks.problems(side, experiment.config.seed + 1, 10 * count)
     found += list({problem.metadata["key"]: problem for problem in drawn}.values())[:count]
   return found
@@ -271,12 +309,16 @@ def _check_room(experiment: Experiment, problems: list[tasks.Problem]) -> None:
   for problem in problems:
     answer = len(encode(problem.answer)) + 1  # and the end
     if answer > max_new_tokens:
-      raise ValueError(f"config.evaluation.max_new_tokens is {max_new_tokens}, but the answer to "
-                       f"{problem.prompt!r} takes {answer}: raise it.")
+      raise ValueError(
+        f"config.evaluation.max_new_tokens is {max_new_tokens}, but the answer to "
+        f"{problem.prompt!r} takes {answer}: raise it."
+      )
     needed = len(encode(problem.prompt)) + max_new_tokens  # the beginning, but not the last token
     if needed > row_length:
-      raise ValueError(f"config.data.row_length is {row_length}, but {problem.prompt!r} with "
-                       f"evaluation.max_new_tokens={max_new_tokens} takes {needed}: raise it.")
+      raise ValueError(
+        f"config.data.row_length is {row_length}, but {problem.prompt!r} with "
+        f"evaluation.max_new_tokens={max_new_tokens} takes {needed}: raise it."
+      )
 
 
 def verified(experiment: Experiment, *, num_samples: int):
@@ -293,9 +335,15 @@ def verified(experiment: Experiment, *, num_samples: int):
 
   def attempt(params, key):
     return attempts.attempt(
-      functools.partial(sample, params, settings), experiment.task, problems, key,
-      num_samples=num_samples, batch_size=c.batch_size,
-      max_length=experiment.model_config.max_length, max_new_tokens=c.max_new_tokens)
+      functools.partial(sample, params, settings),
+      experiment.task,
+      problems,
+      key,
+      num_samples=num_samples,
+      batch_size=c.batch_size,
+      max_length=experiment.model_config.max_length,
+      max_new_tokens=c.max_new_tokens,
+    )
 
   return attempt
 
@@ -310,8 +358,9 @@ def held_out_loss(experiment: Experiment) -> Callable[[models.Params], float]:
     return jnp.sum(loss), jnp.sum(weight)
 
   def loss(params):
-    batches = data.batches(experiment.held_out, experiment.rows, batch_size=c.evaluation.batch_size,
-                           shuffle=False)
+    batches = data.batches(
+      experiment.held_out, experiment.rows, batch_size=c.evaluation.batch_size, shuffle=False
+    )
     pairs = [sums(params, batch) for batch in itertools.islice(batches, c.evaluation.num_batches)]
     total, weight = np.sum(jax.device_get(pairs), axis=0)
     return float(total / weight)

@@ -10,12 +10,16 @@ from absl import app, flags, logging
 from ml_collections import config_flags
 
 CONFIG = config_flags.DEFINE_config_file(
-  "config", None, "Experiment, such as configs/arithmetic.py or configs/arithmetic.py:small.")
+  "config", None, "Experiment, such as configs/arithmetic.py or configs/arithmetic.py:small."
+)
 WORKDIR = flags.DEFINE_string("workdir", None, "Directory of the run: checkpoints and metrics.")
 SEEDS = flags.DEFINE_list("seeds", None, "Several runs, one for each seed: --seeds=0,1,2.")
 SWEEP = flags.DEFINE_multi_string(
-  "sweep", [], "Several runs, over a field's values: --sweep=optimizer.peak=1e-3,3e-3. Repeated, "
-  "it makes the grid.")
+  "sweep",
+  [],
+  "Several runs, over a field's values: --sweep=optimizer.peak=1e-3,3e-3. Repeated, "
+  "it makes the grid.",
+)
 LAST = flags.DEFINE_bool("last", False, "Use the last parameters, not their average.")
 STEP = flags.DEFINE_integer("step", None, "Checkpoint to take; the latest by default.")
 
@@ -56,8 +60,15 @@ def one_line_errors() -> Iterator[None]:
   """
   try:
     yield
-  except (flags.Error, ValueError, OSError, ImportError, LookupError, AttributeError,
-          TypeError) as error:
+  except (
+    flags.Error,
+    ValueError,
+    OSError,
+    ImportError,
+    LookupError,
+    AttributeError,
+    TypeError,
+  ) as error:
     print(f"error: {_message(error)}", file=sys.stderr)
     sys.exit(2)
 
@@ -108,8 +119,13 @@ def runs() -> list[tuple[str, ml_collections.ConfigDict]]:
     axes.append([("seed", value) for value in SEEDS.value])
   if not axes:
     return [(workdir, config)]
-  return [(f"{workdir}/{','.join(f'{field}={value}' for field, value in point)}",
-           _override(config, point)) for point in itertools.product(*axes)]
+  return [
+    (
+      f"{workdir}/{','.join(f'{field}={value}' for field, value in point)}",
+      _override(config, point),
+    )
+    for point in itertools.product(*axes)
+  ]
 
 
 def _override(config, point) -> ml_collections.ConfigDict:
@@ -127,8 +143,12 @@ def _override(config, point) -> ml_collections.ConfigDict:
 
 
 def _parse(field, text, old):
-  kinds = {bool: lambda text: {"true": True, "false": False}[text.lower()], int: int, float: float,
-           str: str}
+  kinds = {
+    bool: lambda text: {"true": True, "false": False}[text.lower()],
+    int: int,
+    float: float,
+    str: str,
+  }
   if type(old) not in kinds:
     raise ValueError(f"A sweep over {field}: only numbers, strings and booleans can be swept.")
   try:

@@ -39,22 +39,28 @@ def run(config: experiment_lib.Config, workdir: str, console: rich.console.Conso
   """Trains, evaluates and reports; returns where the report is."""
   with flags.one_line_errors():
     opened = train.open_run(config, workdir)
-  console.print(f"Training on {config.task.name}, {config.task.style} digits, from step "
-                f"{int(opened.state.step)} to {config.train.num_steps}: checkpoints in {workdir}")
+  console.print(
+    f"Training on {config.task.name}, {config.task.style} digits, from step "
+    f"{int(opened.state.step)} to {config.train.num_steps}: checkpoints in {workdir}"
+  )
   state = train.train(opened)
   params = transformer.unstack(state.average or state.params)
   console.print(f"Sampling {config.evaluation.num_samples} answers to each held-out problem")
-  attempts = experiment_lib.verified(
-    opened.experiment, num_samples=config.evaluation.num_samples)(
-      params, jax.random.key(config.seed))
+  attempts = experiment_lib.verified(opened.experiment, num_samples=config.evaluation.num_samples)(
+    params, jax.random.key(config.seed)
+  )
   console.print(evaluate.table(attempts))
   result = {"step": int(state.step), **evaluate.record(attempts)}
   evaluate.write(workdir, result)
-  return report.write(pathlib.Path(workdir) / "report.html", "A transformer learns to add", {
-    "Held-out sums, by number of digits": report.scores(result["table"]),
-    "Training": report.figure(report.curves(workdir)),
-    "Sampled answers and their verdicts": report.answers(result["attempts"]),
-  })
+  return report.write(
+    pathlib.Path(workdir) / "report.html",
+    "A transformer learns to add",
+    {
+      "Held-out sums, by number of digits": report.scores(result["table"]),
+      "Training": report.figure(report.curves(workdir)),
+      "Sampled answers and their verdicts": report.answers(result["attempts"]),
+    },
+  )
 
 
 def main(_: Sequence[str]) -> None:

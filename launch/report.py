@@ -35,12 +35,16 @@ def curves(workdir: str | pathlib.Path) -> Any:
   made = figures.Figure(figsize=(10, 3.5))
   loss, right = made.subplots(1, 2)
   for axes, names, title in [
-      (loss, ["loss"], "Training loss (nats per token)"),
-      (right, _names(records, "pass@1"), "Right answers to held-out problems")]:
+    (loss, ["loss"], "Training loss (nats per token)"),
+    (right, _names(records, "pass@1"), "Right answers to held-out problems"),
+  ]:
     for name in names:
       points = [(record["step"], record[name]) for record in records if name in record]
-      axes.plot(*zip(*points, strict=True), label=name.replace("pass@1/level_", "level "),
-                marker="" if name == "loss" else ".")
+      axes.plot(
+        *zip(*points, strict=True),
+        label=name.replace("pass@1/level_", "level "),
+        marker="" if name == "loss" else ".",
+      )
     axes.set_title(title)
     axes.set_xlabel("step")
     axes.grid(alpha=0.3)
@@ -61,9 +65,14 @@ def _table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
 
 def scores(table: dict[str, list[dict[str, float]]]) -> str:
   """The table of an evaluation record: a row a level, 95% intervals."""
-  rows = [[str(cells[0]["level"]), str(cells[0]["count"]),
-           *(f"{c['mean']:.3f} [{c['low']:.3f}, {c['high']:.3f}]" for c in cells)]
-          for cells in zip(*table.values(), strict=True)]
+  rows = [
+    [
+      str(cells[0]["level"]),
+      str(cells[0]["count"]),
+      *(f"{c['mean']:.3f} [{c['low']:.3f}, {c['high']:.3f}]" for c in cells),
+    ]
+    for cells in zip(*table.values(), strict=True)
+  ]
   return _table(["digits", "problems", *table], rows)
 
 
@@ -77,13 +86,22 @@ def answers(attempts: Sequence[dict[str, Any]], most: int = 30) -> str:
   wrong = [row for row in rows.values() if not row[3]]
   right = [row for row in rows.values() if row[3]]
   code = lambda text: f"<code>{html.escape(text)}</code>"
-  cells = [[code(prompt), code(text), code(answer),
-            '<span class="right">correct</span>' if correct
-            else f'<span class="wrong">{html.escape(reason)}</span>']
-           for prompt, text, answer, correct, reason in wrong[:most] + right[:5]]
-  return (f"<p>{len(wrong)} distinct wrong answers, {len(right)} right ones; here are "
-          f"{min(most, len(wrong))} and {min(5, len(right))} of them.</p>"
-          + _table(["problem", "sampled answer", "true answer", "verdict"], cells))
+  cells = [
+    [
+      code(prompt),
+      code(text),
+      code(answer),
+      '<span class="right">correct</span>'
+      if correct
+      else f'<span class="wrong">{html.escape(reason)}</span>',
+    ]
+    for prompt, text, answer, correct, reason in wrong[:most] + right[:5]
+  ]
+  return (
+    f"<p>{len(wrong)} distinct wrong answers, {len(right)} right ones; here are "
+    f"{min(most, len(wrong))} and {min(5, len(right))} of them.</p>"
+    + _table(["problem", "sampled answer", "true answer", "verdict"], cells)
+  )
 
 
 def write(path: str | pathlib.Path, title: str, sections: dict[str, str]) -> pathlib.Path:
@@ -92,5 +110,7 @@ def write(path: str | pathlib.Path, title: str, sections: dict[str, str]) -> pat
   path = pathlib.Path(path)
   path.write_text(
     f'<!doctype html><html lang="en"><meta charset="utf-8"><title>{html.escape(title)}</title>'
-    f"<style>{_STYLE}</style><h1>{html.escape(title)}</h1>{body}</html>", encoding="utf-8")
+    f"<style>{_STYLE}</style><h1>{html.escape(title)}</h1>{body}</html>",
+    encoding="utf-8",
+  )
   return path

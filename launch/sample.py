@@ -24,16 +24,20 @@ from . import flags
 
 READS = (flags.CONFIG, flags.WORKDIR, flags.LAST, flags.STEP)
 _PROMPT = absl_flags.DEFINE_multi_string("prompt", [], "Text to continue; may be repeated.")
-_NUM_PROBLEMS = absl_flags.DEFINE_integer("num_problems", 0, "Held-out problems to answer.",
-                                          lower_bound=0)
-_NUM_SAMPLES = absl_flags.DEFINE_integer("num_samples", 1, "Samples for each prompt.",
-                                         lower_bound=1)
+_NUM_PROBLEMS = absl_flags.DEFINE_integer(
+  "num_problems", 0, "Held-out problems to answer.", lower_bound=0
+)
+_NUM_SAMPLES = absl_flags.DEFINE_integer(
+  "num_samples", 1, "Samples for each prompt.", lower_bound=1
+)
 _TEMPERATURE = absl_flags.DEFINE_float("temperature", 1.0, "0 is greedy.", lower_bound=0.0)
 _TOP_K = absl_flags.DEFINE_integer("top_k", None, "Keep the k likeliest tokens.", lower_bound=1)
-_TOP_P = absl_flags.DEFINE_float("top_p", 1.0, "Keep the nucleus of this mass.", lower_bound=0.0,
-                                 upper_bound=1.0)
-_MAX_NEW_TOKENS = absl_flags.DEFINE_integer("max_new_tokens", None, "The configuration's if unset.",
-                                            lower_bound=1)
+_TOP_P = absl_flags.DEFINE_float(
+  "top_p", 1.0, "Keep the nucleus of this mass.", lower_bound=0.0, upper_bound=1.0
+)
+_MAX_NEW_TOKENS = absl_flags.DEFINE_integer(
+  "max_new_tokens", None, "The configuration's if unset.", lower_bound=1
+)
 _SEED = absl_flags.DEFINE_integer("seed", 0, "Of the draws.")
 _OUTPUT = absl_flags.DEFINE_string("output", None, "JSONL file for the samples.")
 
@@ -45,9 +49,14 @@ def _drawing(experiment, params) -> dict:
   sample = experiment_lib.sampler(experiment, max_new_tokens=max_new_tokens, top_k=_TOP_K.value)
   settings = {"temperature": _TEMPERATURE.value, "top_p": _TOP_P.value}
   rows = max(len(_PROMPT.value), _NUM_PROBLEMS.value) * _NUM_SAMPLES.value
-  return {"sample": functools.partial(sample, params, settings), "key": jax.random.key(_SEED.value),
-          "num_samples": _NUM_SAMPLES.value, "batch_size": min(rows, config.batch_size),
-          "max_length": experiment.model_config.max_length, "max_new_tokens": max_new_tokens}
+  return {
+    "sample": functools.partial(sample, params, settings),
+    "key": jax.random.key(_SEED.value),
+    "num_samples": _NUM_SAMPLES.value,
+    "batch_size": min(rows, config.batch_size),
+    "max_length": experiment.model_config.max_length,
+    "max_new_tokens": max_new_tokens,
+  }
 
 
 def draw(experiment, params) -> list[dict]:
@@ -55,16 +64,21 @@ def draw(experiment, params) -> list[dict]:
   drawing = _drawing(experiment, params)
   if not _NUM_PROBLEMS.value:
     responses = attempts.respond(tokenizer=experiment.tokenizer, texts=_PROMPT.value, **drawing)
-    return [{"prompt": prompt, **response._asdict()}
-            for prompt, row in zip(_PROMPT.value, responses, strict=True) for response in row]
+    return [
+      {"prompt": prompt, **response._asdict()}
+      for prompt, row in zip(_PROMPT.value, responses, strict=True)
+      for response in row
+    ]
   if experiment.task is None:
     raise ValueError("--num_problems needs a task, and this run's data are text: give --prompt.")
   per_level = -(-_NUM_PROBLEMS.value // len(experiment.config.task.levels))
-  problems = experiment_lib.held_out_problems(experiment, per_level)[-_NUM_PROBLEMS.value:]
+  problems = experiment_lib.held_out_problems(experiment, per_level)[-_NUM_PROBLEMS.value :]
   made = attempts.attempt(task=experiment.task, problems=problems, **drawing)
-  return [{"prompt": a.problem.prompt, "text": text, "correct": verdict.correct,
-           "reason": verdict.reason}
-          for a in made for text, verdict in zip(a.responses, a.verdicts, strict=True)]
+  return [
+    {"prompt": a.problem.prompt, "text": text, "correct": verdict.correct, "reason": verdict.reason}
+    for a in made
+    for text, verdict in zip(a.responses, a.verdicts, strict=True)
+  ]
 
 
 def main(_: Sequence[str]) -> None:
@@ -76,7 +90,8 @@ def main(_: Sequence[str]) -> None:
     if _OUTPUT.value and not pathlib.Path(_OUTPUT.value).parent.is_dir():
       raise FileNotFoundError(f"--output={_OUTPUT.value}: there is no such directory, make it.")
     experiment, params, step = experiment_lib.restore_params(
-      flags.CONFIG.value, workdir, last=flags.LAST.value, step=flags.STEP.value)
+      flags.CONFIG.value, workdir, last=flags.LAST.value, step=flags.STEP.value
+    )
     records = draw(experiment, params)
   console = rich.console.Console(highlight=False, emoji=False)
   for record in records:

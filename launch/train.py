@@ -30,8 +30,14 @@ from . import flags
 
 READS = (flags.CONFIG, flags.WORKDIR, flags.SEEDS, flags.SWEEP)
 # What may differ between a run and its resumption: how long it is, and what is kept of it.
-FREE = ("train.num_steps", "train.log_every", "train.evaluate_every", "train.save_every",
-        "train.keep", "evaluation")
+FREE = (
+  "train.num_steps",
+  "train.log_every",
+  "train.evaluate_every",
+  "train.save_every",
+  "train.keep",
+  "evaluation",
+)
 
 
 class Run(NamedTuple):
@@ -57,8 +63,13 @@ def open_run(config: experiment_lib.Config, workdir: str) -> Run:
   score = scores(experiment)
   init_key, key = jax.random.split(jax.random.key(config.seed))
   init = functools.partial(experiment_lib.init_state, experiment)
-  batches = data.batches(experiment.source, experiment.rows, batch_size=config.train.batch_size,
-                         seed=config.seed, prefetch=2)
+  batches = data.batches(
+    experiment.source,
+    experiment.rows,
+    batch_size=config.train.batch_size,
+    seed=config.seed,
+    prefetch=2,
+  )
   directory = experiment_lib.checkpoints(workdir)
   with contextlib.ExitStack() as undo:
     undo.callback(batches.close)
@@ -109,7 +120,8 @@ def _writer(run: Run) -> metrics.Writer:
   return metrics.chain(
     metrics.console(run.experiment.config.train.num_steps, step=done),
     metrics.jsonl(run.workdir / "metrics.jsonl", step=done),
-    metrics.tensorboard(run.workdir, step=done))
+    metrics.tensorboard(run.workdir, step=done),
+  )
 
 
 def train(run: Run) -> state_lib.TrainState:
@@ -134,17 +146,29 @@ def train(run: Run) -> state_lib.TrainState:
     writer.write(done, scored[done])
 
   def save(done, state):
-    checkpoint.save(run.manager, done, state, data.get_state(run.batches), config,
-                    scored.get(done))
+    checkpoint.save(run.manager, done, state, data.get_state(run.batches), config, scored.get(done))
 
-  train_step = jax.jit(functools.partial(
-    step.train_step, loss_fn=experiment.loss_fn, optimizer=experiment.optimizer,
-    averaging=experiment.averaging, num_microbatches=c.num_microbatches), donate_argnums=1)
+  train_step = jax.jit(
+    functools.partial(
+      step.train_step,
+      loss_fn=experiment.loss_fn,
+      optimizer=experiment.optimizer,
+      averaging=experiment.averaging,
+      num_microbatches=c.num_microbatches,
+    ),
+    donate_argnums=1,
+  )
   try:
     return loop.fit(
-      run.state, run.batches, functools.partial(train_step, run.key), num_steps=c.num_steps,
-      write=loop.Every(c.log_every, write), evaluate=loop.Every(c.evaluate_every, evaluate),
-      save=loop.Every(c.save_every, save), progress=writer.tick)
+      run.state,
+      run.batches,
+      functools.partial(train_step, run.key),
+      num_steps=c.num_steps,
+      write=loop.Every(c.log_every, write),
+      evaluate=loop.Every(c.evaluate_every, evaluate),
+      save=loop.Every(c.save_every, save),
+      progress=writer.tick,
+    )
   finally:
     writer.close()
     run.manager.close()  # waits for what is being saved
@@ -166,14 +190,17 @@ def main(_: Sequence[str]) -> None:
   for workdir, config in runs:
     with flags.one_line_errors():
       run = open_run(config, workdir)
-    print(f"{workdir}: from step {int(run.state.step)} to {config.train.num_steps}",
-          file=sys.stderr)
+    print(
+      f"{workdir}: from step {int(run.state.step)} to {config.train.num_steps}", file=sys.stderr
+    )
     try:
       train(run)
     except loop.Interrupted as stop:
       interrupted(workdir, stop)
-    print(f"{workdir}: done. Next: python -m ancestral.launch.evaluate --workdir={workdir}",
-          file=sys.stderr)
+    print(
+      f"{workdir}: done. Next: python -m ancestral.launch.evaluate --workdir={workdir}",
+      file=sys.stderr,
+    )
 
 
 if __name__ == "__main__":

@@ -75,24 +75,28 @@ OVERRIDES = {
 @pytest.mark.parametrize("override", OVERRIDES)
 def test_an_override(command, tiny, folder, override):
   workdir = folder / "absent"
-  check(command(train, f"--workdir={workdir}", *tiny(), f"--config.{override}"),
-        *OVERRIDES[override])
+  check(
+    command(train, f"--workdir={workdir}", *tiny(), f"--config.{override}"), *OVERRIDES[override]
+  )
   assert not workdir.exists()
 
 
-@pytest.mark.parametrize("extra, words", [
-  ("--nosuch=1", ("'nosuch'",)),
-  ("runs/one", ("'runs/one'", "--name=value")),
-  ("--step=2", ("--step",)),
-  ("--sweep=optimizer.peek=1", ("optimizer.peek", "no such field")),
-  ("--sweep=optimizer.peak=1e-3,x", ("optimizer.peak", "'x'", "float")),
-  ("--sweep=train.batch_size=1.5", ("train.batch_size", "'1.5'", "int")),
-  ("--sweep=optimizer=1", ("optimizer", "numbers, strings and booleans")),
-  ("--sweep=optimizer.peak", ("--sweep=optimizer.peak", "field=value,value")),
-  ("--sweep=optimizer.name=adamw,adamm", ("'adamm'", "adamw, muon")),
-  ("--seeds=0,a", ("seed", "'a'", "int")),
-  ("--seeds=", ("--seeds is empty", "--seeds=0,1,2")),
-])
+@pytest.mark.parametrize(
+  "extra, words",
+  [
+    ("--nosuch=1", ("'nosuch'",)),
+    ("runs/one", ("'runs/one'", "--name=value")),
+    ("--step=2", ("--step",)),
+    ("--sweep=optimizer.peek=1", ("optimizer.peek", "no such field")),
+    ("--sweep=optimizer.peak=1e-3,x", ("optimizer.peak", "'x'", "float")),
+    ("--sweep=train.batch_size=1.5", ("train.batch_size", "'1.5'", "int")),
+    ("--sweep=optimizer=1", ("optimizer", "numbers, strings and booleans")),
+    ("--sweep=optimizer.peak", ("--sweep=optimizer.peak", "field=value,value")),
+    ("--sweep=optimizer.name=adamw,adamm", ("'adamm'", "adamw, muon")),
+    ("--seeds=0,a", ("seed", "'a'", "int")),
+    ("--seeds=", ("--seeds is empty", "--seeds=0,1,2")),
+  ],
+)
 def test_a_flag(command, tiny, folder, extra, words):
   workdir = folder / "absent"
   check(command(train, f"--workdir={workdir}", *tiny(), extra), *words)
@@ -102,16 +106,29 @@ def test_a_flag(command, tiny, folder, extra, words):
 def test_a_configuration(command, tiny, folder):
   workdir = folder / "absent"
   for config, words in [
-      ("arithmetic.py:tinny", ("'tinny'", "tiny, small, paper")),
-      ("arithmetik.py", ("arithmetik.py", "No such file")),
-      ("text.py:folders", ("'folders'", "folder, jsonl, tfds")),
-      ("text.py:jsonl", ("config.data.path is ''", "give one")),
-      ("text.py:tfds", ("'wiki40b/en'", "download_and_prepare"))]:
+    ("arithmetic.py:tinny", ("'tinny'", "tiny, small, paper")),
+    ("arithmetik.py", ("arithmetik.py", "No such file")),
+    ("text.py:folders", ("'folders'", "folder, jsonl, tfds")),
+    ("text.py:jsonl", ("config.data.path is ''", "give one")),
+    ("text.py:tfds", ("'wiki40b/en'", "download_and_prepare")),
+  ]:
     check(command(train, f"--workdir={workdir}", tiny(config)[0]), *words)
-  check(command(train, f"--workdir={workdir}", *tiny("text.py"), f"--config.data.folder={workdir}"),
-        str(workdir), "check the path")
-  check(command(train, f"--workdir={workdir}", *tiny("text.py"), "--config.tokenizer.name=file",
-                "--config.tokenizer.path=absent.json"), "absent.json", "give the path")
+  check(
+    command(train, f"--workdir={workdir}", *tiny("text.py"), f"--config.data.folder={workdir}"),
+    str(workdir),
+    "check the path",
+  )
+  check(
+    command(
+      train,
+      f"--workdir={workdir}",
+      *tiny("text.py"),
+      "--config.tokenizer.name=file",
+      "--config.tokenizer.path=absent.json",
+    ),
+    "absent.json",
+    "give the path",
+  )
   assert not workdir.exists()
 
 
@@ -129,42 +146,52 @@ def test_a_workdir_without_checkpoints(command, folder):
   assert not (folder / "absent").exists() and not (folder / "checkpoints").exists()
 
 
-@pytest.mark.parametrize("arguments, words", [
-  (["--step=3"], ("no checkpoint of step 3", "[2, 4]")),
-  (["--seeds=1"], ("--seeds",)),
-])
+@pytest.mark.parametrize(
+  "arguments, words",
+  [
+    (["--step=3"], ("no checkpoint of step 3", "[2, 4]")),
+    (["--seeds=1"], ("--seeds",)),
+  ],
+)
 def test_a_checkpoint_to_evaluate(command, trained, snapshot, arguments, words):
   before = snapshot(trained)
   check(command(evaluate, f"--workdir={trained}", *arguments), *words)
   assert snapshot(trained) == before
 
 
-@pytest.mark.parametrize("arguments, words", [
-  ([], ("either --prompt=TEXT or --num_problems=N",)),
-  (["--prompt=1+1=", "--num_problems=2"], ("either --prompt=TEXT or --num_problems=N",)),
-  (["--prompt=1x1="], ("'x'", "position 1", "alphabet")),
-  (["--prompt=1234567890+1="], ("Prompt 0", "14 tokens", "1 to 9")),
-  (["--prompt=1+1=", "--max_new_tokens=100"], ("max_new_tokens=100", "14 tokens", "lower it")),
-  (["--prompt=1+1=", "--num_samples=0"], ("--num_samples=0",)),
-  (["--prompt=1+1=", "--temperature=-1"], ("--temperature=-1",)),
-  (["--num_problems=-1"], ("--num_problems=-1",)),
-  (["--prompt=1+1=", "--step=3"], ("no checkpoint of step 3",)),
-  (["--prompt=1+1=", "--output=absent/x.jsonl"], ("--output=absent/x.jsonl", "make it")),
-])
+@pytest.mark.parametrize(
+  "arguments, words",
+  [
+    ([], ("either --prompt=TEXT or --num_problems=N",)),
+    (["--prompt=1+1=", "--num_problems=2"], ("either --prompt=TEXT or --num_problems=N",)),
+    (["--prompt=1x1="], ("'x'", "position 1", "alphabet")),
+    (["--prompt=1234567890+1="], ("Prompt 0", "14 tokens", "1 to 9")),
+    (["--prompt=1+1=", "--max_new_tokens=100"], ("max_new_tokens=100", "14 tokens", "lower it")),
+    (["--prompt=1+1=", "--num_samples=0"], ("--num_samples=0",)),
+    (["--prompt=1+1=", "--temperature=-1"], ("--temperature=-1",)),
+    (["--num_problems=-1"], ("--num_problems=-1",)),
+    (["--prompt=1+1=", "--step=3"], ("no checkpoint of step 3",)),
+    (["--prompt=1+1=", "--output=absent/x.jsonl"], ("--output=absent/x.jsonl", "make it")),
+  ],
+)
 def test_a_sample(command, trained, snapshot, arguments, words):
   before = snapshot(trained)
   check(command(sample, f"--workdir={trained}", *arguments), *words)
   assert snapshot(trained) == before
 
 
-@pytest.mark.parametrize("fields, words", [
-  ({"model__width": 32}, ("config.model.width is 32", "has 16", "new workdir")),
-  ({"task__name": "subtraction"}, ('config.task.name is "subtraction"', 'has "addition"')),
-  ({"task__test_percent": 20}, ("config.task.test_percent is 20", "has 10")),
-])
+@pytest.mark.parametrize(
+  "fields, words",
+  [
+    ({"model__width": 32}, ("config.model.width is 32", "has 16", "new workdir")),
+    ({"task__name": "subtraction"}, ('config.task.name is "subtraction"', 'has "addition"')),
+    ({"task__test_percent": 20}, ("config.task.test_percent is 20", "has 10")),
+  ],
+)
 @pytest.mark.parametrize("binary", [train, evaluate, sample])
-def test_a_configuration_that_is_not_the_checkpoints(command, tiny, trained, snapshot, binary,
-                                                     fields, words):
+def test_a_configuration_that_is_not_the_checkpoints(
+  command, tiny, trained, snapshot, binary, fields, words
+):
   before = snapshot(trained)
   prompt = ["--prompt=1+1="] if binary is sample else []
   check(command(binary, f"--workdir={trained}", *tiny(**fields), *prompt), *words)
@@ -180,7 +207,11 @@ def test_another_experiment_altogether(command, tiny, trained, snapshot):
 
 def test_in_a_process_of_its_own(tiny, folder):
   arguments = [f"--workdir={folder / 'absent'}", *tiny(), "--config.optimzer.peak=1"]
-  done = subprocess.run([sys.executable, "-m", "ancestral.launch.train", *arguments], text=True,
-                        capture_output=True, check=False)
+  done = subprocess.run(
+    [sys.executable, "-m", "ancestral.launch.train", *arguments],
+    text=True,
+    capture_output=True,
+    check=False,
+  )
   check(types.SimpleNamespace(status=done.returncode, err=done.stderr), "optimzer", "optimizer")
   assert not (folder / "absent").exists()

@@ -1,6 +1,5 @@
 """Binaries run inside the test's process, tiny overrides of a configuration, and snapshots."""
 
-import os
 import pathlib
 import sys
 import warnings
@@ -16,20 +15,26 @@ from ancestral.launch import flags
 ROOT = pathlib.Path(__file__).parents[2]
 
 
-@pytest.fixture(scope="session", autouse=True)
-def compiled_once(tmp_path_factory):
-  """Runs of one shape share their compiled programs, those in other processes too."""
-  folder = str(tmp_path_factory.mktemp("compiled"))
-  settings = {"jax_compilation_cache_dir": folder,
-              "jax_persistent_cache_min_compile_time_secs": 0.0}
-  before = {name: getattr(jax.config, name) for name in settings}
+@pytest.fixture(scope="session")
+def compiled(tmp_path_factory):
+  return tmp_path_factory.mktemp("compiled")
+
+
+@pytest.fixture(autouse=True)
+def compiles_quickly(compiled, monkeypatch):
+  """Programs are compiled without optimisations and once, for other processes too."""
+  settings = {
+    "jax_disable_most_optimizations": True,
+    "jax_compilation_cache_dir": str(compiled),
+    "jax_persistent_cache_min_compile_time_secs": 0.0,
+  }
+  before = {name: jax.config.values[name] for name in settings}
   for name, value in settings.items():
     jax.config.update(name, value)
-    os.environ[name.upper()] = str(value)
+    monkeypatch.setenv(name.upper(), str(value))
   yield
   for name, value in before.items():
     jax.config.update(name, value)
-    del os.environ[name.upper()]
 
 
 class Outcome(NamedTuple):
@@ -68,13 +73,30 @@ def tiny():
   """(config, **fields with __ for the dot) -> arguments of a run that takes a second."""
 
   def arguments(config="arithmetic.py", **fields):
-    return [f"--config={ROOT / 'configs' / config}", *_overrides({
-      "model.num_layers": 1, "model.width": 16, "model.num_heads": 2, "train.num_steps": 4,
-      "train.batch_size": 8, "optimizer.warmup_steps": 1, "optimizer.name": "adamw", "train.save_every": 2,
-      "train.log_every": 1, "train.evaluate_every": 4, "evaluation.batch_size": 8,
-      **({"evaluation.num_problems": 3, "evaluation.num_samples": 2}
-         if config.startswith("arithmetic") else {"evaluation.num_batches": 2}),
-      **{name.replace("__", "."): value for name, value in fields.items()}})]
+    return [
+      f"--config={ROOT / 'configs' / config}",
+      *_overrides(
+        {
+          "model.num_layers": 1,
+          "model.width": 16,
+          "model.num_heads": 2,
+          "train.num_steps": 4,
+          "train.batch_size": 8,
+          "train.save_every": 2,
+          "train.log_every": 1,
+          "train.evaluate_every": 4,
+          "optimizer.name": "adamw",
+          "optimizer.warmup_steps": 1,
+          "evaluation.batch_size": 8,
+          **(
+            {"evaluation.num_problems": 3, "evaluation.num_samples": 2}
+            if config.startswith("arithmetic")
+            else {"evaluation.num_batches": 2}
+          ),
+          **{name.replace("__", "."): value for name, value in fields.items()},
+        }
+      ),
+    ]
 
   return arguments
 
@@ -82,5 +104,7 @@ def tiny():
 @pytest.fixture(scope="session")
 def snapshot():
   """(folder) -> every file's bytes, to see that nothing changed; {} where there is no folder."""
-  return lambda folder: {path.relative_to(folder): path.read_bytes() if path.is_file() else None
-                         for path in pathlib.Path(folder).rglob("*")}
+  return lambda folder: {
+    path.relative_to(folder): path.read_bytes() if path.is_file() else None
+    for path in pathlib.Path(folder).rglob("*")
+  }

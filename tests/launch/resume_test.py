@@ -27,15 +27,18 @@ def final(workdir, step):
   shape = jax.eval_shape(lambda key: experiment.init_state(made, key), jax.random.key(0))
   with checkpoint.open_manager(directory, create=False) as manager:
     restored = checkpoint.restore(manager, shape, step)
-  leaves = {jax.tree_util.keystr(path): np.asarray(leaf).tobytes()
-            for path, leaf in jax.tree.leaves_with_path(restored.state)}
+  leaves = {
+    jax.tree_util.keystr(path): np.asarray(leaf).tobytes()
+    for path, leaf in jax.tree.leaves_with_path(restored.state)
+  }
   assert any("average" in path for path in leaves) and any("optimizer" in path for path in leaves)
   return leaves, restored.data_state, metrics.read_jsonl(workdir / "metrics.jsonl")
 
 
 def steps(workdir):
-  return sorted(int(path.name) for path in (workdir / "checkpoints").iterdir()
-                if path.name.isdigit())
+  return sorted(
+    int(path.name) for path in (workdir / "checkpoints").iterdir() if path.name.isdigit()
+  )
 
 
 def truncate(directory):
@@ -54,14 +57,18 @@ def flip(directory):
 
 def reached(workdir):
   path = workdir / "metrics.jsonl"
-  return max([record["step"] for record in metrics.read_jsonl(path)] if path.exists() else [0])
+  records = metrics.read_jsonl(path) if path.exists() else []
+  return max((record["step"] for record in records), default=0)
 
 
 def stopped(number, moment, workdir, arguments):
   """Trains in a process that gets the signal some time after the step; its status and stderr."""
   with subprocess.Popen(
-      [sys.executable, "-m", "ancestral.launch.train", f"--workdir={workdir}", *arguments],
-      text=True, stderr=subprocess.PIPE, env={**os.environ, "JAX_PLATFORMS": "cpu"}) as process:
+    [sys.executable, "-m", "ancestral.launch.train", f"--workdir={workdir}", *arguments],
+    text=True,
+    stderr=subprocess.PIPE,
+    env={**os.environ, "JAX_PLATFORMS": "cpu"},
+  ) as process:
     while reached(workdir) < moment and process.poll() is None:
       time.sleep(0.005)
     time.sleep(0.001 * random.Random(moment).randrange(30))
@@ -71,11 +78,12 @@ def stopped(number, moment, workdir, arguments):
 
 
 def test_killed_corrupted_terminated_and_interrupted(command, tiny, tmp_path):
-  num_steps, rng = 400, random.Random(0)
-  arguments = tiny(**FIELDS, train__num_steps=num_steps, train__save_every=10,
-                   train__evaluate_every=num_steps)
+  num_steps, rng = 120, random.Random(0)
+  arguments = tiny(
+    **FIELDS, train__num_steps=num_steps, train__save_every=8, train__evaluate_every=num_steps
+  )
   whole, broken = tmp_path / "whole", tmp_path / "broken"
-  later = lambda: reached(broken) + rng.randrange(20, 50)
+  later = lambda: reached(broken) + rng.randrange(20, 30)
 
   assert stopped(signal.SIGKILL, later(), broken, arguments)[0] == -signal.SIGKILL
   *_, previous, newest = steps(broken)
@@ -116,13 +124,23 @@ def texts(folder):
 CASES = {
   "muon": ("arithmetic.py", {"optimizer__name": "muon"}),
   "packed": ("arithmetic.py", {"data__rows": "first_fit"}),
-  "text": ("text.py:jsonl", {"data__path": "{texts}", "data__row_length": 16,
-                             "evaluation__max_new_tokens": 4}),
+  "text": (
+    "text.py:jsonl",
+    {"data__path": "{texts}", "data__row_length": 16, "evaluation__max_new_tokens": 4},
+  ),
 }
 
 
-@pytest.mark.parametrize("fault", [truncate, flip, shutil.rmtree])
-@pytest.mark.parametrize("case", CASES)
+@pytest.mark.parametrize(
+  "case, fault",
+  [
+    ("muon", truncate),
+    ("muon", flip),
+    ("muon", shutil.rmtree),
+    ("packed", flip),
+    ("text", shutil.rmtree),
+  ],
+)
 def test_the_newest_checkpoint_is_lost(command, tiny, finished, tmp_path, monkeypatch, case, fault):
   folder, made = finished
   config, fields = CASES[case]

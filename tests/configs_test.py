@@ -1,0 +1,246 @@
+"""Every variant of every configuration: it builds, is locked, and says the truth about its size."""
+
+import contextlib
+import importlib
+import math
+import re
+
+import jax
+import jax.numpy as jnp
+import ml_collections
+import numpy as np
+import pytest
+
+from ancestral.configs import arithmetic, text
+from ancestral.launch import evaluate, experiment, sample, train
+from ancestral.training import data, step
+
+VARIANTS = [("arithmetic", name) for name in arithmetic.VARIANTS] + [
+  ("text", name) for name in text.DATA
+]
+
+
+def config_of(module, variant, folder):
+  """The variant, its data in a folder where it needs some."""
+  config = importlib.import_module(f"ancestral.configs.{module}").get_config(variant)
+  with config.unlocked():
+    if variant == "jsonl":
+      path = folder / "texts.jsonl"
+      path.write_text('{"text": "a b c d"}\n' * 50)
+      config.data.path = str(path)
+  return config
+
+
+def abstract_state(built):
+  return jax.eval_shape(lambda key: experiment.init_state(built, key), jax.random.key(0))
+
+
+def num_params(built):
+  return sum(math.prod(leaf.shape) for leaf in jax.tree.leaves(abstract_state(built).params))
+
+
+@pytest.fixture
+def texts(monkeypatch):
+  """In place of a tensorflow-datasets data set that has to be downloaded."""
+  record = lambda index: {"text": f"text number {index}".encode()}
+  monkeypatch.setattr(data, "tfds_source", lambda name, split, data_dir: data.Source(50, record))
+
+
+@pytest.mark.parametrize("module, variant", VARIANTS)
+def test_a_variant_builds_is_locked_and_starts(module, variant, tmp_path, texts):
+  config = config_of(module, variant, tmp_path)
+  assert config.is_locked
+  with pytest.raises(AttributeError, match="optimizer"):
+    config.optimzer = 1
+  with pytest.raises(TypeError):
+    config.train.num_steps = "many"
+  built = experiment.build(config)
+  assert num_params(built) > 1e5
+  batches = data.batches(built.source, built.rows, batch_size=2, seed=0)
+  batch = next(batches)
+  assert batch["tokens"].shape == (2, config.data.row_length) and batch["mask"].sum() > 0
+  (loss, weight), _ = jax.eval_shape(
+    built.loss_fn, jax.random.key(0), abstract_state(built).params, batch
+  )
+  assert loss.shape == weight.shape == (2,)
+
+
+@pytest.mark.parametrize("module, variant", VARIANTS)
+def test_a_docstring_states_the_measured_number_of_parameters(module, variant, tmp_path, texts):
+  doc = importlib.import_module(f"ancestral.configs.{module}").__doc__
+  entry = re.search(rf"^  {variant} .*\n(   .*\n)*", doc, re.MULTILINE).group()
+  stated = re.search(r"([\d.]+)M parameters", entry)
+  if module == "arithmetic":
+    measured = num_params(experiment.build(config_of(module, variant, tmp_path)))
+    assert stated.group(1) == f"{measured / 1e6:.1f}"
+  else:
+    assert stated is None
+
+
+def test_the_default_text_is_the_standard_library():
+  built = experiment.build(text.get_config())
+  document = built.tokenizer.decode(built.source[0]["tokens"])
+  assert len(built.source) > 100 and ("import" in document or "def" in document)
+
+
+@pytest.mark.parametrize("module, wrong", [(arithmetic, "tinny"), (text, "folders")])
+def test_a_misspelt_variant(module, wrong):
+  with pytest.raises(ValueError, match=f"no variant '{wrong}': it has .*, ") as error:
+    module.get_config(wrong)
+  assert "\n" not in str(error.value)
+
+
+def leaves(config, path=""):
+  for name in config:
+    inner = f"{path}{name}"
+    if isinstance(config[name], ml_collections.ConfigDict):
+      yield from leaves(config[name], f"{inner}.")
+    else:
+      yield inner
+
+
+class Reads:
+  """Which fields of a configuration are read by name, by whatever holds it."""
+
+  def __init__(self, monkeypatch):
+    self.paths, self.found, self.muted = {}, set(), False
+    self.getitem = ml_collections.ConfigDict.__getitem__
+    monkeypatch.setattr(
+      ml_collections.ConfigDict, "__getitem__", lambda config, name: self.read(config, name)
+    )
+    for whole in ("to_json", "_check"):  # these look at every field, for nobody
+      monkeypatch.setattr(experiment, whole, self.mute(getattr(experiment, whole)))
+
+  def mute(self, function):
+    def muted(*args):
+      with self.silence():
+        return function(*args)
+
+    return muted
+
+  @contextlib.contextmanager
+  def silence(self):
+    before, self.muted = self.muted, True
+    yield
+    self.muted = before
+
+  def watch(self, config):
+    with self.silence():
+      self.paths[id(config)] = ""
+      self.root = config
+      stack = [config]
+      while stack:
+        node = stack.pop()
+        for name in node:
+          if isinstance(child := node[name], ml_collections.ConfigDict):
+            self.paths[id(child)] = f"{self.paths[id(node)]}{name}."
+            stack.append(child)
+    return config
+
+  def read(self, config, name):
+    if not self.muted and id(config) in self.paths:
+      self.found.add(f"{self.paths[id(config)]}{name}")
+    return self.getitem(config, name)
+
+
+TINY = {
+  "model": {"num_layers": 1, "width": 16, "num_heads": 2},
+  "train": {"num_steps": 2, "batch_size": 4, "evaluate_every": 2, "save_every": 2},
+  "optimizer": {"name": "adamw", "warmup_steps": 1},
+}
+
+
+@pytest.fixture
+def compiles_quickly():
+  jax.config.update("jax_disable_most_optimizations", True)
+  yield
+  jax.config.update("jax_disable_most_optimizations", False)
+
+
+@pytest.mark.parametrize("variant", ["jsonl", "tfds"])
+def test_every_field_of_the_data_is_read_by_something(variant, tmp_path, texts, monkeypatch):
+  config = config_of("text", variant, tmp_path)
+  expected = {name for name in leaves(config) if name.startswith("data.")}
+  reads = Reads(monkeypatch)
+  assert len(experiment.build(reads.watch(config)).source[0]["tokens"])
+  assert expected - reads.found == set()
+
+
+@pytest.mark.parametrize("module, variant", [("arithmetic", "tiny"), ("text", "folder")])
+def test_every_field_is_read_by_something(module, variant, tmp_path, monkeypatch, compiles_quickly):
+  config = config_of(module, variant, tmp_path)
+  config.update(TINY)
+  if module == "text":
+    config.data.row_length = config.evaluation.max_new_tokens + 28
+    config.evaluation.num_batches = 1
+  else:
+    config.evaluation.update(num_problems=2, num_samples=2, batch_size=4)
+  expected = set(leaves(config))
+  reads = Reads(monkeypatch)
+  reads.watch(config)
+  train.train(train.open_run(config, str(tmp_path / "run")))
+  built, params, _ = experiment.restore_params(config, str(tmp_path / "run"))
+  if module == "arithmetic":
+    attempts = experiment.verified(built, num_samples=config.evaluation.num_samples)(
+      params, jax.random.key(0)
+    )
+    assert evaluate.record(attempts)["table"]
+  else:
+    assert experiment.held_out_loss(built)(params) > 0
+    monkeypatch.setattr(sample, "_PROMPT", Flag(["a"]))
+    for name, value in {
+      "_NUM_PROBLEMS": 0,
+      "_NUM_SAMPLES": 1,
+      "_TEMPERATURE": 1.0,
+      "_TOP_K": None,
+      "_TOP_P": 1.0,
+      "_MAX_NEW_TOKENS": None,
+      "_SEED": 0,
+    }.items():
+      monkeypatch.setattr(sample, name, Flag(value))
+    assert len(sample.draw(built, params)) == 1
+    expected -= {"tokenizer.path"}  # read where the tokenizer is a file: launch/bad_input_test.py
+  assert expected - reads.found == set()
+
+
+class Flag:
+  def __init__(self, value):
+    self.value = value
+
+
+@pytest.mark.parametrize("platform", ["tpu", "cuda"])
+@pytest.mark.parametrize("variant", ["tiny", "paper"])
+def test_training_and_sampling_lower_for(platform, variant):
+  built = experiment.build(arithmetic.get_config(variant))
+  c = built.config
+  key = jax.eval_shape(lambda: jax.random.key(0))
+  rows = jax.ShapeDtypeStruct((c.train.batch_size, c.data.row_length), jnp.int32)
+  batch = {"tokens": rows, "targets": rows, "mask": rows.update(dtype=jnp.float32)}
+
+  @jax.jit
+  def train_step(key, state, batch):
+    return step.train_step(
+      key,
+      state,
+      batch,
+      loss_fn=built.loss_fn,
+      optimizer=built.optimizer,
+      averaging=built.averaging,
+      num_microbatches=2,
+    )
+
+  state = abstract_state(built)
+  lowered = train_step.trace(key, state, batch).lower(lowering_platforms=(platform,))
+  assert "stablehlo.dot_general" in lowered.as_text()
+
+  prompts = experiment.decode.Prompts(
+    jax.ShapeDtypeStruct((4, 8), np.int32), jax.ShapeDtypeStruct((4,), np.int32)
+  )
+  keys = jax.eval_shape(lambda: jax.random.split(jax.random.key(0), 4))
+  params = jax.eval_shape(experiment.transformer.unstack, state.params)
+  draw = experiment.sampler(built, max_new_tokens=c.evaluation.max_new_tokens, top_k=4)
+  number = jax.ShapeDtypeStruct((), jnp.float32)
+  lowered = draw.trace(params, {"temperature": number, "top_p": number}, keys, prompts).lower(
+    lowering_platforms=(platform,)
+  )
+  assert "stablehlo.while" in lowered.as_text()
