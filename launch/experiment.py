@@ -144,26 +144,24 @@ def _check(config: Config) -> None:
     (section, name) for section in ("model", "loss", "train", "evaluation") for name in c[section]
   ]
   for section, name in [("data", "row_length"), *fields]:
-    if type(c[section][name]) is int and c[section][name] < 1:
-      raise ValueError(f"config.{section}.{name} is {c[section][name]}; it is at least 1.")
+    value = c[section][name]
+    _require(type(value) is not int or value >= 1, f"{section}.{name} is {value}; it is at least 1")
   choose("model.dtype", c["model"]["dtype"], DTYPES)
-  width, num_heads = c["model"]["width"], c["model"]["num_heads"]
   batch_size, num_microbatches = c["train"]["batch_size"], c["train"]["num_microbatches"]
   decay, peak = c["train"]["average_decay"], c["optimizer"]["peak"]
   temperature = c["evaluation"].get("temperature", 1.0)
-  for message, holds in {
-    f"seed is {c['seed']}; it is at least 0.": c["seed"] >= 0,
-    f"model.width={width} is not a multiple of config.model.num_heads={num_heads}.": "head_dim"
-    in c["model"]
-    or width % num_heads == 0,
-    f"train.batch_size={batch_size} is not a multiple of config.train.num_microbatches="
-    f"{num_microbatches}.": batch_size % num_microbatches == 0,
-    f"train.average_decay is {decay}; it is in [0, 1).": 0 <= decay < 1,
-    f"optimizer.peak is {peak}; it is above 0.": peak > 0,
-    f"evaluation.temperature is {temperature}; it is at least 0.": temperature >= 0,
-  }.items():
-    if not holds:
-      raise ValueError(f"config.{message}")
+  divides = batch_size % num_microbatches == 0
+  rule = f"is not a multiple of config.train.num_microbatches={num_microbatches}"
+  _require(divides, f"train.batch_size={batch_size} {rule}")
+  _require(c["seed"] >= 0, f"seed is {c['seed']}; it is at least 0")
+  _require(0 <= decay < 1, f"train.average_decay is {decay}; it is in [0, 1)")
+  _require(peak > 0, f"optimizer.peak is {peak}; it is above 0")
+  _require(temperature >= 0, f"evaluation.temperature is {temperature}; it is at least 0")
+
+
+def _require(holds: bool, rule: str) -> None:
+  if not holds:
+    raise ValueError(f"config.{rule}.")
 
 
 def build(config: Config) -> Experiment:

@@ -43,11 +43,11 @@ class TransformerConfig:
 
   def __post_init__(self):
     c = self.resolved()
+    heads, kv_heads, span = c.num_heads, c.num_kv_heads, c.position_range
+    divides = self.head_dim is not None or c.width % max(heads, 1) == 0
+    _require(divides, f"width={c.width} is not a multiple of num_heads={heads}: give head_dim")
     for name in ("vocab_size", "max_length", "num_layers", "width", "num_heads", *_DERIVED):
       _require(getattr(c, name) >= 1, f"{name}={getattr(c, name)} is not at least 1")
-    heads, kv_heads, span = c.num_heads, c.num_kv_heads, c.position_range
-    divides = self.head_dim is not None or c.width % heads == 0
-    _require(divides, f"width={c.width} is not a multiple of num_heads={heads}: give head_dim")
     _require(
       heads % kv_heads == 0, f"num_heads={heads} is not a multiple of num_kv_heads={kv_heads}"
     )

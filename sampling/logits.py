@@ -102,8 +102,9 @@ def temperature(value: float | jax.Array) -> LogitsTransform:
 
   def apply(logits):
     t = _per_row(value).astype(logits.dtype)
-    below_most_likely = logits - jnp.max(logits, axis=-1, keepdims=True)  # no overflow at small T
-    return jnp.where(t > 0, below_most_likely / jnp.where(t > 0, t, 1), _argmax_only(logits))
+    # At T = 1e-30 the law is greedy's already, and the quotient does not overflow yet.
+    positive = jnp.where(t > 0, jnp.maximum(t, 1e-30), 1)
+    return jnp.where(t > 0, logits / positive, _argmax_only(logits))
 
   return stateless(apply)
 

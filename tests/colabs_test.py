@@ -35,6 +35,7 @@ def test_has_no_logic_of_its_own(path):
 def test_runs(path, tmp_path, monkeypatch):
   monkeypatch.setenv("ANCESTRAL_COLAB_STEPS", "6")  # the notebook's training is this short then
   monkeypatch.setenv("JAX_PLATFORMS", "cpu")
+  monkeypatch.setenv("TMPDIR", os.fspath(tmp_path))  # where the notebook keeps its run
   monkeypatch.setenv("IPYTHONDIR", os.fspath(tmp_path / "ipython"))
   notebook = load(path)
   nbclient.NotebookClient(

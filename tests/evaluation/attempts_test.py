@@ -187,7 +187,7 @@ def test_an_answer_that_has_not_ended_is_wrong():
     "format: did not end within 4 tokens",
     "digit",
     "",
-    "format: did not end within 4 tokens",
+    "format: did not end within 1 tokens",
   ]
 
 

@@ -53,8 +53,8 @@ OVERRIDES = {
   "task.test_percent=101": ("test_percent is 101", "from 0 to 100"),
   "model.dtype=float23": ("config.model.dtype", "'float23'", "bfloat16, float16, float32"),
   "model.dropout=2.0": ("dropout=2.0", "[0, 1)"),
-  "model.num_heads=3": ("config.model.width=16", "config.model.num_heads=3"),
-  "model.num_heads=16": ("head_dim=1 is odd",),
+  "model.num_heads=3": ("width=16", "num_heads=3"),
+  "model.positions=rotation": ("positions='rotation'", "learned"),
   "model.num_layers=0": ("config.model.num_layers is 0", "at least 1"),
   "loss.chunk=0": ("config.loss.chunk is 0", "at least 1"),
   "seed=-1": ("config.seed is -1", "at least 0"),
@@ -74,7 +74,7 @@ OVERRIDES = {
 
 @pytest.mark.parametrize("override", OVERRIDES)
 def test_an_override(command, tiny, folder, override):
-  workdir = folder / "absent"
+  workdir = folder / override
   check(
     command(train, f"--workdir={workdir}", *tiny(), f"--config.{override}"), *OVERRIDES[override]
   )

@@ -48,10 +48,11 @@ def truncate(directory):
 
 
 def flip(directory):
-  """A bit in the middle of the largest file, which holds the arrays."""
+  """Bits all over the largest file, which holds the arrays, and some bytes that hold nothing."""
   path = max((p for p in directory.rglob("*") if p.is_file()), key=lambda p: p.stat().st_size)
   content = bytearray(path.read_bytes())
-  content[len(content) // 2] ^= 0x10
+  for position in range(len(content) // 4, 3 * len(content) // 4, 64):
+    content[position] ^= 0x10
   path.write_bytes(content)
 
 

@@ -217,7 +217,10 @@ def test_defaults_of_a_config():
   config = transformer.TransformerConfig(
     vocab_size=8, max_length=8, num_layers=1, width=128, num_heads=4
   )
-  assert (config.num_kv_heads, config.head_dim, config.mlp_width) == (4, 32, 352)
+  filled = config.resolved()
+  assert (filled.num_kv_heads, filled.head_dim, filled.mlp_width) == (4, 32, 352)
+  wider = dataclasses.replace(config, width=256, num_heads=8).resolved()
+  assert (wider.num_kv_heads, wider.head_dim, wider.mlp_width) == (8, 32, 704)
   with pytest.raises(dataclasses.FrozenInstanceError):
     config.width = 64
 
@@ -231,6 +234,10 @@ def test_defaults_of_a_config():
     ({"position_range": 16}, "position_range=16"),
     ({"positions": "none", "position_range": 64}, "positions='none'"),
     ({"window": 0}, "window=0"),
+    ({"num_layers": 0}, "num_layers=0"),
+    ({"num_kv_heads": 0}, "num_kv_heads=0"),
+    ({"width": 33}, "width=33"),
+    ({"num_heads": 64}, "num_heads=64"),
     ({"dropout": 1.0}, "dropout=1.0"),
     ({"dropout": -0.1}, "dropout=-0.1"),
   ],
@@ -239,3 +246,16 @@ def test_fields_that_do_not_fit_are_named(fields, culprit):
   with pytest.raises(ValueError, match=culprit) as error:
     targets.tiny_config(**fields)
   assert "\n" not in str(error.value)
+
+
+def test_learned_positions_have_an_end():
+  config = targets.tiny_config(positions="learned")
+  model = transformer.transformer(config)
+  params = model.init(jax.random.key(0), jnp.zeros((1, 1), jnp.int32))
+  tokens = jnp.zeros((1, config.max_length + 1), jnp.int32)
+  base.apply(model, params, tokens[:, 1:])
+  with pytest.raises(ValueError, match=f"max_length={config.max_length}"):
+    base.apply(model, params, tokens)
+  with pytest.raises(ValueError, match=f"max_length={config.max_length}"):
+    cache = model.init_cache(params, 1, config.max_length + 1)
+    base.apply(model, params, tokens[:, :1], cache)

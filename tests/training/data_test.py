@@ -272,3 +272,13 @@ def test_tfds_source_needs_no_tensorflow(tmp_path):
   report = done.stdout.split("REPORT|")[1].strip().split("|")
   assert report[:3] == [str([f"document {i}" for i in range(5)]), "2", "False"]
   assert report[3].startswith("tfds data set 'absent' is not prepared in")
+
+
+def test_sides_share_out_the_items():
+  source = data.Source(300, lambda index: {"text": str(index)})
+  train, test = (data.side(source, split, test_percent=20) for split in ("train", "test"))
+  texts = [{side[i]["text"] for i in range(len(side))} for side in (train, test)]
+  assert not texts[0] & texts[1] and len(texts[0] | texts[1]) == 300
+  assert abs(len(test) - 60) < 4 * (300 * 0.2 * 0.8) ** 0.5
+  with pytest.raises(ValueError, match="none of 300 items is on the test side"):
+    data.side(source, "test", test_percent=0)
