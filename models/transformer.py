@@ -42,10 +42,11 @@ class TransformerConfig:
   scan_layers: bool = True  # init stacks the layers' params: compile time constant in depth
 
   def __post_init__(self):
+    width, heads = self.width, self.num_heads
+    divides = self.head_dim is not None or width % max(heads, 1) == 0
+    _require(divides, f"width={width} is not a multiple of num_heads={heads}: give head_dim")
     c = self.resolved()
-    heads, kv_heads, span = c.num_heads, c.num_kv_heads, c.position_range
-    divides = self.head_dim is not None or c.width % max(heads, 1) == 0
-    _require(divides, f"width={c.width} is not a multiple of num_heads={heads}: give head_dim")
+    kv_heads, span = c.num_kv_heads, c.position_range
     for name in ("vocab_size", "max_length", "num_layers", "width", "num_heads", *_DERIVED):
       _require(getattr(c, name) >= 1, f"{name}={getattr(c, name)} is not at least 1")
     _require(
