@@ -90,7 +90,7 @@ def get_config(variant: str = "tiny") -> ml_collections.ConfigDict:
         "num_microbatches": 1,
         "average_decay": 0.0,  # of the parameters' exponential average; 0 keeps none
         "log_every": 10,
-        "evaluate_every": 100,
+        "evaluate_every": 50,
         "save_every": 100,
         "keep": 2,
       },

@@ -54,16 +54,16 @@ def get_config(variant: str = "folder") -> ml_collections.ConfigDict:
         "dtype": "float32",
       },
       "optimizer": {
-        "name": "adamw",  # or muon
+        "name": "muon",  # or adamw
         "schedule": "warmup_cosine",  # or warmup_stable_decay
-        "peak": 3e-3,
-        "warmup_steps": 50,
+        "peak": 1e-2,
+        "warmup_steps": 30,
         "weight_decay": 0.1,
         "clip_norm": 1.0,
       },
       "loss": {"z_loss": 0.0, "chunk": 256},
       "train": {
-        "num_steps": 500,
+        "num_steps": 300,
         "batch_size": 32,
         "num_microbatches": 1,
         "average_decay": 0.0,  # of the parameters' exponential average; 0 keeps none

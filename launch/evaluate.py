@@ -19,7 +19,7 @@ import rich.table
 
 from ..evaluation import attempts as attempts_lib
 from . import experiment as experiment_lib
-from . import flags
+from . import flags, report
 
 READS = (flags.CONFIG, flags.WORKDIR, flags.LAST, flags.STEP)
 
@@ -27,10 +27,9 @@ READS = (flags.CONFIG, flags.WORKDIR, flags.LAST, flags.STEP)
 def table(attempts: Sequence[attempts_lib.Attempt]) -> rich.table.Table:
   """pass@1, majority and pass@n by level, each with its 95% interval."""
   columns = attempts_lib.summarise(attempts)
-  made = rich.table.Table("level", "problems", *columns, title="Verified answers to new problems")
+  made = rich.table.Table("level", "n", *columns, title="Verified answers to n new problems")
   for rows in zip(*columns.values(), strict=True):
-    cells = [f"{row.mean:.3f} [{row.low:.3f}, {row.high:.3f}]" for row in rows]
-    made.add_row(str(rows[0].level), str(rows[0].count), *cells)
+    made.add_row(str(rows[0].level), str(rows[0].count), *map(report.interval, rows))
   return made
 
 

@@ -16,6 +16,7 @@ import rich.console
 from absl import flags as absl_flags
 
 from ..configs import arithmetic
+from ..evaluation import attempts as attempts_lib
 from ..models import transformer
 from ..training import loop
 from . import evaluate, flags, report, train
@@ -56,9 +57,9 @@ def run(config: experiment_lib.Config, workdir: str, console: rich.console.Conso
     pathlib.Path(workdir) / "report.html",
     "A transformer learns to add",
     {
-      "Held-out sums, by number of digits": report.scores(result["table"]),
+      "Held-out sums, by number of digits": report.scores(attempts_lib.summarise(attempts)),
       "Training": report.figure(report.curves(workdir)),
-      "Sampled answers and their verdicts": report.answers(result["attempts"]),
+      "Sampled answers, last digit first, and their verdicts": report.answers(result["attempts"]),
     },
   )
 

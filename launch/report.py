@@ -4,9 +4,10 @@ import base64
 import html
 import io
 import pathlib
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
+from ..evaluation import coverage
 from ..training import metrics
 
 _STYLE = """
@@ -42,7 +43,7 @@ def curves(workdir: str | pathlib.Path) -> Any:
       points = [(record["step"], record[name]) for record in records if name in record]
       axes.plot(
         *zip(*points, strict=True),
-        label=name.replace("pass@1/level_", "level "),
+        label="all" if name == "pass@1" else name.replace("pass@1/level_", "level "),
         marker="" if name == "loss" else ".",
       )
     axes.set_title(title)
@@ -63,17 +64,18 @@ def _table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
   return "<table>" + line("th", header) + "".join(line("td", row) for row in rows) + "</table>"
 
 
-def scores(table: dict[str, list[dict[str, float]]]) -> str:
-  """The table of an evaluation record: a row a level, 95% intervals."""
+def interval(row: coverage.Row) -> str:
+  """A mean and its 95% interval."""
+  return f"{row.mean:.3f} [{row.low:.2f}, {row.high:.2f}]"
+
+
+def scores(columns: Mapping[str, Sequence[coverage.Row]]) -> str:
+  """The table that `attempts.summarise` makes: a row a level, 95% intervals."""
   rows = [
-    [
-      str(cells[0]["level"]),
-      str(cells[0]["count"]),
-      *(f"{c['mean']:.3f} [{c['low']:.3f}, {c['high']:.3f}]" for c in cells),
-    ]
-    for cells in zip(*table.values(), strict=True)
+    [str(cells[0].level), str(cells[0].count), *map(interval, cells)]
+    for cells in zip(*columns.values(), strict=True)
   ]
-  return _table(["digits", "problems", *table], rows)
+  return _table(["level", "problems", *columns], rows)
 
 
 def answers(attempts: Sequence[dict[str, Any]], most: int = 30) -> str:
@@ -95,10 +97,10 @@ def answers(attempts: Sequence[dict[str, Any]], most: int = 30) -> str:
       if correct
       else f'<span class="wrong">{html.escape(reason)}</span>',
     ]
-    for prompt, text, answer, correct, reason in wrong[:most] + right[:5]
+    for prompt, text, answer, correct, reason in wrong[:most] + right[-5:]
   ]
   return (
-    f"<p>{len(wrong)} distinct wrong answers, {len(right)} right ones; here are "
+    f"<p>Distinct answers: {len(wrong)} wrong and {len(right)} right; here are "
     f"{min(most, len(wrong))} and {min(5, len(right))} of them.</p>"
     + _table(["problem", "sampled answer", "true answer", "verdict"], cells)
   )

@@ -240,7 +240,7 @@ def test_the_quickstart_ends_in_a_self_contained_report(command, tmp_path, monke
   result = json.loads((tmp_path / "evaluation.json").read_text())
   for rows in result["table"].values():
     for row in rows:
-      assert f"{row['mean']:.3f} [{row['low']:.3f}, {row['high']:.3f}]" in page.text
+      assert f"{row['mean']:.3f} [{row['low']:.2f}, {row['high']:.2f}]" in page.text
   assert result["attempts"][0]["responses"][0]["reason"] in page.text
   records = metrics.read_jsonl(tmp_path / "metrics.jsonl")
   assert records[-1]["step"] == 6 and "pass@1/level_3" in records[-1]
