@@ -1,10 +1,9 @@
 # Every target sets up what it needs: a virtual environment in .venv, installed once per change of
 # setup.py or pyproject.toml.
 #
-#   make quickstart   train, sample, verify and report on the CPU: about three minutes
-#   make test         the tests
+#   make quickstart   train, sample, verify and report on the CPU: two to three minutes
+#   make test         ruff and the tests
 #   make test-peers   parity with other libraries (installs torch and transformers)
-#   make lint         ruff
 #   make benchmark    decoding speed against transformers
 
 PYTHON ?= python3
@@ -13,23 +12,20 @@ BIN := $(VENV)/bin
 WORKDIR ?= runs/quickstart
 PYTEST_FLAGS ?= -q -n 2
 
-export JAX_PLATFORMS ?= cpu
+.PHONY: quickstart test test-peers benchmark clean
 
-.PHONY: quickstart test test-peers lint benchmark clean
+quickstart test test-peers: export JAX_PLATFORMS ?= cpu
 
 quickstart: $(VENV)/installed
 	$(BIN)/python -m ancestral.launch.quickstart --workdir=$(WORKDIR)
 
 test: $(VENV)/installed
-	$(BIN)/ruff check .
-	$(BIN)/python -m pytest $(PYTEST_FLAGS) -m "not peers and not slow"
+	$(BIN)/ruff check --quiet .
+	$(BIN)/ruff format --quiet --check .
+	$(BIN)/python -m pytest $(PYTEST_FLAGS) -m "not peers"
 
 test-peers: $(VENV)/installed-peers
 	$(BIN)/python -m pytest $(PYTEST_FLAGS) -m peers
-
-lint: $(VENV)/installed
-	$(BIN)/ruff check .
-	$(BIN)/ruff format --check .
 
 benchmark: $(VENV)/installed-peers
 	$(BIN)/python -m ancestral.benchmarks.decode_hf

@@ -11,6 +11,7 @@ Variants, as in `--config=configs/arithmetic.py:small`:
 """
 
 import ml_collections
+from ml_collections import config_dict
 
 VARIANTS = {
   "tiny": {
@@ -71,6 +72,10 @@ def get_config(variant: str = "tiny") -> ml_collections.ConfigDict:
         "num_layers": v["num_layers"],
         "width": v["width"],
         "num_heads": v["num_heads"],
+        "num_kv_heads": config_dict.placeholder(int),  # num_heads
+        "window": config_dict.placeholder(int),  # no sliding window
+        "position_range": config_dict.placeholder(int),  # not randomised
+        "qk_norm": False,
         "positions": "learned",  # rotary takes about twice the steps on sums; none
         "dropout": v["dropout"],
         "dtype": "float32",
@@ -79,7 +84,7 @@ def get_config(variant: str = "tiny") -> ml_collections.ConfigDict:
         "name": v["optimizer"],  # muon or adamw
         "schedule": "warmup_cosine",  # or warmup_stable_decay
         "peak": v["peak"],
-        "warmup_steps": v["num_steps"] // 10,
+        "warmup_fraction": 0.1,  # of the steps
         "weight_decay": 0.1,
         "clip_norm": 1.0,
       },

@@ -23,16 +23,12 @@ class Attempt(NamedTuple):
   problem: tasks.Problem
   responses: tuple[str, ...]
   verdicts: tuple[tasks.Verification, ...]
+  majority_correct: bool  # the most frequent result (of equals, the first) of those that ended
 
   @property
   def num_correct(self) -> int:
     """Right answers."""
     return sum(verdict.correct for verdict in self.verdicts)
-
-  @property
-  def majority_correct(self) -> bool:
-    """Whether the most frequent answer (of equals, the first) is right."""
-    return self.verdicts[self.responses.index(coverage.majority_vote(self.responses))].correct
 
 
 class Response(NamedTuple):
@@ -64,14 +60,18 @@ def respond(
     encoded, vocab_size=tokenizer.vocab_size, max_length=max_length, max_new_tokens=max_new_tokens
   )
   requests = np.arange(len(texts) * num_samples)
-  responses = []
+  drawn = []
   for first in range(0, len(requests), batch_size):
     # The last batch is filled up with its own last request.
     batch = np.minimum(np.arange(first, first + batch_size), requests[-1])
     keys = sampling.row_keys(key, jnp.asarray(batch))
     rows = jax.tree.map(lambda leaf, batch=batch: leaf[batch // num_samples], prompts)
-    samples = jax.device_get(sample(keys, rows))
-    responses += [_response(tokenizer, samples, row) for row in range(batch_size)]
+    drawn.append(sample(keys, rows))  # all are dispatched before the first is waited for
+  responses = [
+    _response(tokenizer, samples, row)
+    for samples in map(jax.device_get, drawn)
+    for row in range(batch_size)
+  ]
   return [responses[i * num_samples : (i + 1) * num_samples] for i in range(len(texts))]
 
 
@@ -96,7 +96,8 @@ def attempt(
 ) -> list[Attempt]:
   """Lets the model answer each problem and verifies every answer; see `respond`.
 
-  An answer that has not ended is wrong, however right it looks so far.
+  An answer that has not ended is wrong, however right it looks so far. The majority is of results
+  and not of their working (self-consistency, Wang et al. 2022, arXiv 2203.11171).
   """
   responses = respond(
     sample,
@@ -107,19 +108,24 @@ def attempt(
     **kwargs,
   )
 
-  def verdict(problem, response):
+  return [judge(task, problem, row) for problem, row in zip(problems, responses, strict=True)]
+
+
+def judge(task: tasks.Task, problem: tasks.Problem, responses: Sequence[Response]) -> Attempt:
+  """Verifies each response; the majority is of those that ended."""
+
+  def verdict(response):
     if response.fault:
       return tasks.Verification(False, f"format: {response.fault}")
     return task.verify(problem, response.text)
 
-  return [
-    Attempt(
-      problem,
-      tuple(response.text for response in row),
-      tuple(verdict(problem, response) for response in row),
-    )
-    for problem, row in zip(problems, responses, strict=True)
-  ]
+  votes = [task.result(response.text) for response in responses if not response.fault]
+  return Attempt(
+    problem,
+    tuple(response.text for response in responses),
+    tuple(map(verdict, responses)),
+    bool(votes) and coverage.majority_vote(votes) == task.result(problem.answer),
+  )
 
 
 def summarise(attempts: Sequence[Attempt]) -> dict[str, tuple[coverage.Row, ...]]:

@@ -66,9 +66,9 @@ def _expressions(config: Config) -> tasks.Task:
   )
 
 
-def _file(field: str, path: str) -> str:
-  if not pathlib.Path(path).is_file():
-    raise FileNotFoundError(f"config.{field} is {path!r}, which is no file: give one.")
+def _path(field: str, path: str) -> str:
+  if not path or not pathlib.Path(path).exists():
+    raise FileNotFoundError(f"config.{field} is {path!r}, which does not exist: give one.")
   return path
 
 
@@ -79,13 +79,13 @@ TASKS = {
 
 TOKENIZERS = {
   "bytes": lambda config: tokenizers.bytes_level(),
-  "file": lambda config: tokenizers.from_file(config.path),
+  "file": lambda config: tokenizers.from_file(_path("tokenizer.path", config.path)),
 }
 
 # A source of records, and its fields that are read: a text, or a prompt and an answer.
 RECORDS = {
   "text": lambda c: data.text_source(c.folder, c.pattern),
-  "jsonl": lambda c: data.jsonl_source(_file("data.path", c.path), c.fields),
+  "jsonl": lambda c: data.jsonl_source(_path("data.path", c.path), c.fields),
   "tfds": lambda c: data.tfds_source(c.name, c.split, c.data_dir or None),
 }
 
@@ -131,7 +131,9 @@ def _sources(config: Config, task: tasks.Task | None, tokenizer) -> tuple[data.S
 def _optimizer(config: Config) -> tuple[optax.Schedule, optax.GradientTransformation]:
   c = config.optimizer
   schedule = choose("optimizer.schedule", c.schedule, SCHEDULES)(
-    c.peak, num_steps=config.train.num_steps, warmup_steps=c.warmup_steps
+    c.peak,
+    num_steps=config.train.num_steps,
+    warmup_steps=round(c.warmup_fraction * config.train.num_steps),
   )
   make = choose("optimizer.name", c.name, OPTIMIZERS)
   return schedule, make(schedule, weight_decay=c.weight_decay, clip_norm=c.clip_norm)
@@ -155,7 +157,9 @@ def _check(config: Config) -> None:
   _require(divides, f"train.batch_size={batch_size} {rule}")
   _require(c["seed"] >= 0, f"seed is {c['seed']}; it is at least 0")
   _require(0 <= decay < 1, f"train.average_decay is {decay}; it is in [0, 1)")
+  warmup = c["optimizer"]["warmup_fraction"]
   _require(peak > 0, f"optimizer.peak is {peak}; it is above 0")
+  _require(0 <= warmup < 1, f"optimizer.warmup_fraction is {warmup}; it is in [0, 1)")
   _require(temperature >= 0, f"evaluation.temperature is {temperature}; it is at least 0")
 
 
@@ -304,19 +308,15 @@ def _check_room(experiment: Experiment, problems: list[tasks.Problem]) -> None:
   row_length = experiment.config.data.row_length
   max_new_tokens = experiment.config.evaluation.max_new_tokens
   encode = experiment.tokenizer.encode
-  for problem in problems:
-    answer = len(encode(problem.answer)) + 1  # and the end
-    if answer > max_new_tokens:
-      raise ValueError(
-        f"config.evaluation.max_new_tokens is {max_new_tokens}, but the answer to "
-        f"{problem.prompt!r} takes {answer}: raise it."
-      )
-    needed = len(encode(problem.prompt)) + max_new_tokens  # the beginning, but not the last token
-    if needed > row_length:
-      raise ValueError(
-        f"config.data.row_length is {row_length}, but {problem.prompt!r} with "
-        f"evaluation.max_new_tokens={max_new_tokens} takes {needed}: raise it."
-      )
+  answer = max(len(encode(problem.answer)) + 1 for problem in problems)  # and the end
+  prompt = max(len(encode(problem.prompt)) for problem in problems)
+  needed = prompt + max(answer, max_new_tokens)  # the beginning, but not the last token
+  if answer > max_new_tokens or needed > row_length:
+    raise ValueError(
+      f"Prompts take up to {prompt} tokens and answers {answer}, but config.evaluation."
+      f"max_new_tokens is {max_new_tokens} and config.data.row_length is {row_length}: raise "
+      f"them to {max(answer, max_new_tokens)} and {needed} at least."
+    )
 
 
 def verified(experiment: Experiment, *, num_samples: int):

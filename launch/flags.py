@@ -37,11 +37,17 @@ def run(main: Callable[[list[str]], None], reads: Sequence[flags.FlagHolder]) ->
 
 def parse(argv: list[str], reads: Sequence[flags.FlagHolder]) -> list[str]:
   """Sets the flags from `argv`; what would be ignored is an error, which ends the program."""
+  if "help" not in flags.FLAGS:
+    app.define_help_flags()
   with one_line_errors():
     try:
       remaining = flags.FLAGS(argv)
     except (KeyError, AttributeError) as error:  # what config_flags makes of an unknown field
       raise ValueError(f"--config has no field {_message(error)}") from None
+    except flags.UnrecognizedFlagError as error:
+      if error.flagname.startswith("config."):
+        raise ValueError(f"--{error.flagname} needs --config=FILE before it.") from None
+      raise
     if remaining[1:]:
       raise ValueError(f"{remaining[1]!r} is not a flag: flags are written --name=value.")
     read = {flag.name for flag in reads}
@@ -117,6 +123,10 @@ def runs() -> list[tuple[str, ml_collections.ConfigDict]]:
     if not SEEDS.value:
       raise ValueError("--seeds is empty: give --seeds=0,1,2.")
     axes.append([("seed", value) for value in SEEDS.value])
+  for (field, _), *_ in axes:
+    values = [value for axis in axes for name, value in axis if name == field]
+    if len(set(values)) < len(values):
+      raise ValueError(f"{field} takes a value twice in --seeds or --sweep: {','.join(values)}.")
   if not axes:
     return [(workdir, config)]
   return [

@@ -32,7 +32,6 @@ def config() -> experiment_lib.Config:
   if _STEPS.value is not None:
     with made.unlocked():
       made.train.num_steps = _STEPS.value
-      made.optimizer.warmup_steps = _STEPS.value // 10
   return made
 
 
@@ -73,7 +72,7 @@ def main(_: Sequence[str]) -> None:
   console = rich.console.Console(highlight=False)
   try:
     path = run(config(), workdir, console)
-  except loop.Interrupted as stop:
+  except (loop.Interrupted, KeyboardInterrupt) as stop:
     train.interrupted(workdir, stop)
   console.print(f"Report: {path.resolve()}", soft_wrap=True)
 

@@ -99,6 +99,8 @@ def main(_: Sequence[str]) -> None:
     if "correct" in record:
       reason, colour = ("correct", "green") if record["correct"] else (record["reason"], "red")
       line.append(f"  {reason}", colour)
+    elif record["fault"]:
+      line.append(f"  ({record['fault']})", "dim")
     console.print(line, soft_wrap=True)
   if _OUTPUT.value:
     with open(_OUTPUT.value, "w") as file:

@@ -13,6 +13,7 @@ WORKDIR gets checkpoints/, metrics.jsonl, TensorBoard event files and config.jso
 import contextlib
 import functools
 import json
+import os
 import pathlib
 import signal
 import sys
@@ -81,6 +82,11 @@ def open_run(config: experiment_lib.Config, workdir: str) -> Run:
       saved = checkpoint.load_config(directory)
       checkpoint.check_config(saved, experiment_lib.to_json(config), ignore=FREE)
       restored = checkpoint.restore(manager, jax.eval_shape(init, init_key))
+      if restored.step > config.train.num_steps:
+        raise ValueError(
+          f"{workdir} has made {restored.step} steps, more than config.train.num_steps="
+          f"{config.train.num_steps}: raise it, or use a new workdir."
+        )
       state = restored.state
       data.set_state(batches, restored.data_state)
     undo.pop_all()
@@ -175,8 +181,11 @@ def train(run: Run) -> state_lib.TrainState:
     run.batches.close()
 
 
-def interrupted(workdir: str, stop: loop.Interrupted) -> NoReturn:
+def interrupted(workdir: str, stop: loop.Interrupted | KeyboardInterrupt) -> NoReturn:
   """Ends the program as the signal would have, and says how to go on."""
+  if isinstance(stop, KeyboardInterrupt):
+    print(f"{workdir}: stopped. The same command goes on from what was saved.", file=sys.stderr)
+    os._exit(128 + signal.SIGINT)  # without waiting for a compilation to end
   print(f"{workdir}: stopped by {stop}, and saved. The same command goes on.", file=sys.stderr)
   sys.exit(128 + signal.Signals[stop.signal])
 
@@ -195,7 +204,7 @@ def main(_: Sequence[str]) -> None:
     )
     try:
       train(run)
-    except loop.Interrupted as stop:
+    except (loop.Interrupted, KeyboardInterrupt) as stop:
       interrupted(workdir, stop)
     print(
       f"{workdir}: done. Next: python -m ancestral.launch.evaluate --workdir={workdir}",

@@ -31,7 +31,7 @@ class TransformerConfig:
   window: int | None = None  # no sliding window
   positions: str = "rotary"  # or "learned", "none"
   rotary_base: float = 10_000.0
-  position_range: int | None = None  # not randomised
+  position_range: int | None = None  # not randomised; otherwise of the positions drawn in training
   use_bias: bool = False
   qk_norm: bool = False
   tied_embeddings: bool = True
@@ -62,6 +62,8 @@ class TransformerConfig:
     _require(not randomised, "positions='none' leaves position_range nothing to randomise")
     _require(c.window is None or c.window >= 1, f"window={c.window} is not at least 1")
     _require(0 <= c.dropout < 1, f"dropout={c.dropout} is not in [0, 1)")
+    capped = c.logit_softcap is not None
+    _require(not capped or c.logit_softcap > 0, f"logit_softcap={c.logit_softcap} is not above 0")
 
   def resolved(self) -> "TransformerConfig":
     """The same with sizes of None filled in."""
@@ -166,7 +168,9 @@ def transformer(config: TransformerConfig) -> base.LanguageModel:
     return Cache(jnp.zeros(batch_size, jnp.int32), tuple(empty() for _ in range(c.num_layers)))
 
   def embed(params, tokens):
-    return params["embedding"][tokens].astype(dtype)
+    # A token outside the vocabulary gives NaN, not a neighbour's embedding.
+    rows = params["embedding"].at[tokens].get(mode="fill", fill_value=jnp.nan)
+    return rows.astype(dtype)
 
   def readout(params, hidden):
     kernel = params["embedding"].T if c.tied_embeddings else params["readout"]
@@ -206,13 +210,18 @@ def _trunk(c, params, x, cache=None, *, positions=None, mask=None, key=None):
   embed_key, position_key, layers_key = jax.random.split(key, 3) if training else (None,) * 3
   slots = _slots(cache, x)
   num_slots = x.shape[1] if cache is None else cache.capacity
-  if positions is None:
-    if c.positions == "learned" and num_slots > c.max_length:
-      raise ValueError(
-        f"A sequence of {num_slots} has no learned positions beyond max_length="
-        f"{c.max_length}: shorten it, or train with a larger max_length."
-      )
-    positions = _default_positions(c, slots, position_key)
+  bounded = c.positions == "learned" or c.position_range is not None
+  if positions is None and bounded and num_slots > c.max_length:
+    raise ValueError(
+      f"A sequence of {num_slots} has no positions beyond max_length={c.max_length}: shorten it, "
+      "or train with a larger max_length."
+    )
+  if cache is not None and not c.causal and mask is None:
+    raise ValueError(
+      "A bidirectional model needs a mask with a cache: what is not written yet "
+      "would be attended to."
+    )
+  positions = _spread(c, slots if positions is None else positions, position_key)
   if c.positions == "learned":
     x = x + params["positions"][positions].astype(x.dtype)
   x = nn.Dropout(c.dropout, deterministic=not training).apply({}, x, rngs=_rngs(embed_key))
@@ -243,13 +252,18 @@ def _slots(cache, x):
   return held[:, None] + jnp.arange(length, dtype=jnp.int32)[None, :]
 
 
-def _default_positions(c, slots, key):
-  """Counted, or randomised while training and then spread evenly over the same range."""
+def _spread(c, positions, key):
+  """Positions over `position_range`: randomised while training, and evenly spaced otherwise.
+
+  The paper randomises at test time too; even spacing is the mean of that, does not change a
+  prefix as it grows, and needs no key to decode.
+  """
   if c.position_range is None:
-    return slots
+    return positions
   if key is None:
-    return slots * (c.position_range // c.max_length)
-  return layers.randomised_positions(key, *slots.shape, c.position_range)
+    return positions * c.position_range // c.max_length
+  drawn = layers.randomised_positions(key, positions.shape[0], c.max_length, c.position_range)
+  return jnp.take_along_axis(drawn, positions, axis=1)
 
 
 def _places(c, slots, positions, num_slots, mask):

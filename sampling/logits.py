@@ -93,7 +93,7 @@ def greedy() -> LogitsTransform:
 
 
 def temperature(value: float | jax.Array) -> LogitsTransform:
-  """p(v)^(1/T) / Z, with its limit T = 0, which is `greedy`.
+  """p(v)^(1/T) / Z, and `greedy` at T = 0, which is the limit but for ties.
 
   Args:
     value: T >= 0, scalar or [B].
@@ -121,7 +121,7 @@ def top_k(k: int | jax.Array) -> LogitsTransform:
   _check("top_k", k, lambda k: k >= 1, "at least 1; to keep everything, leave it out")
 
   def apply(logits):
-    least = jnp.minimum(_per_row(k), logits.shape[-1])
+    least = jnp.clip(_per_row(k), 1, logits.shape[-1])
     return _keep_largest(logits, lambda kept: jnp.sum(kept, axis=-1, keepdims=True) >= least)
 
   return stateless(apply)

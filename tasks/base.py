@@ -30,12 +30,18 @@ class Verification(NamedTuple):
   reason: str
 
 
+def last_line(response: str) -> str:
+  """What a response comes to, where its working is above."""
+  return response.rsplit("\n", 1)[-1]
+
+
 class Task(NamedTuple):
   """A source of problems that knows how they are checked and written as tokens."""
 
   problem: Callable[[np.random.Generator], Problem]
   verify: Callable[[Problem, str], Verification]
   tokenizer: tokenizer.Tokenizer
+  result: Callable[[str], str] = last_line  # of a response: what a majority is a majority of
 
 
 def split_of(key: str, *, test_percent: int = 10) -> Split:

@@ -146,7 +146,7 @@ class Reads:
 TINY = {
   "model": {"num_layers": 1, "width": 16, "num_heads": 2},
   "train": {"num_steps": 2, "batch_size": 4, "evaluate_every": 2, "save_every": 2},
-  "optimizer": {"name": "adamw", "warmup_steps": 1},
+  "optimizer": {"name": "adamw", "warmup_fraction": 0.5},
 }
 
 

@@ -1,7 +1,7 @@
 """Checkpoints: orbax's CheckpointManager, a seal on every value, and a way back from a bad one.
 
 A step directory holds two items: `state`, the leaves of the train state under their paths
-("params/layers_0/kernel"), and `record`, a JSON object with the step, the configuration, the
+("params/layers/mlp/up/kernel"), and `record`, a JSON object with the step, the configuration, the
 metrics, the position of the data iterator of each process, and per leaf its shape, dtype and
 checksum. The record carries its own SHA-256. What is restored is what was saved, or it is an error:
 orbax does not see a flipped bit in array data. Leaves are stored by path, so part of a state (the
@@ -261,8 +261,8 @@ def _attempt(read: Callable[[int], Restored], step: int) -> tuple[Restored | Non
   with _quiet():
     try:
       return read(step), ""
-    except record.MismatchError:
-      raise
+    except (record.MismatchError, MemoryError, PermissionError):
+      raise  # these say nothing of the bytes
     except Exception as e:  # whatever the storage stack makes of bad bytes
       error = f"{type(e).__name__}: {' '.join(str(e).split())[:200]}"
     time.sleep(0.05)  # lets the reads under way end, so that what they raise is dropped here
@@ -331,7 +331,7 @@ def restore(manager: Manager, abstract_state: Any, step: int | None = None) -> R
 
 
 def restore_part(manager: Manager, abstract: Any, prefix: str, step: int | None = None) -> Restored:
-  """The subtree of a state at `prefix` ("params", "ema"), as `restore` does the whole of it.
+  """The subtree of a state at `prefix` ("params", "average"), as `restore` does the whole of it.
 
   Reads nothing else, so the structure of the optimiser need not be known.
   """

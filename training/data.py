@@ -110,19 +110,28 @@ def text_source(folder: str | pathlib.Path, pattern: str = "**/*.txt") -> Source
 
 
 def jsonl_source(path: str | pathlib.Path, fields: Sequence[str] = ("text",)) -> Source:
-  """One record per non-blank line of a JSONL file, with the named fields, all of them strings.
+  """One record per non-blank line of a JSONL file, or of all in a folder, in order of their paths.
+
+  Args:
+    path: a file, or a folder with *.jsonl files at any depth.
+    fields: what is read of each line, all of them strings.
 
   Raises:
     FileNotFoundError: no such file.
     ValueError: when a line is read that is not an object with these fields; names the line.
   """
-  lines = pathlib.Path(path).read_bytes().split(b"\n")  # splitlines would split inside strings
-  numbered = [(number, line) for number, line in enumerate(lines, 1) if line.strip()]
+  path = pathlib.Path(path)
+  numbered = [
+    (file, number, line)
+    for file in (sorted(path.glob("**/*.jsonl")) if path.is_dir() else [path])
+    for number, line in enumerate(file.read_bytes().split(b"\n"), 1)  # not inside strings
+    if line.strip()
+  ]
   if not numbered:
     raise ValueError(f"{path} has no lines: check the path")
 
   def item(index):
-    number, line = numbered[index]
+    path, number, line = numbered[index]
     try:
       record = json.loads(line)
     except ValueError as e:

@@ -1,7 +1,9 @@
 """The training loop: steps, and between them what is written, saved and evaluated."""
 
 import contextlib
+import functools
 import math
+import os
 import signal
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any, NamedTuple
@@ -30,7 +32,7 @@ class Interrupted(Exception):
 def signals(*names: str):
   """Within it, the named signals are only noted; yields a function that says which one came.
 
-  A second one is taken as the user's impatience: it raises KeyboardInterrupt.
+  The first says so on standard error. A second one is taken as impatience: KeyboardInterrupt.
   """
   caught: list[str] = []
 
@@ -39,6 +41,8 @@ def signals(*names: str):
     if caught:
       raise KeyboardInterrupt
     caught.append(signal.Signals(number).name)
+    text = f"\n{caught[0]}: finishing this step, then saving; once more stops without saving\n"
+    os.write(2, text.encode())  # print is not safe in a handler
 
   previous = {name: signal.signal(getattr(signal, name), note) for name in names}
   try:
@@ -62,8 +66,8 @@ def fit(
   """Trains until `num_steps` steps are made in all, from wherever `state` stands.
 
   SIGTERM and SIGINT let the step under way finish; then it saves and raises, unless that step was
-  the last. At a step that calls for several, evaluation comes before saving, so the checkpoint can
-  carry its result.
+  the last. Processes of one run have to get the signal together, as they save together. At a step
+  that calls for several, evaluation comes before saving, so the checkpoint can carry its result.
 
   Args:
     state: to start from; donated if `step` donates.
@@ -73,22 +77,24 @@ def fit(
     write: writes the step's metrics.
     evaluate: makes and writes what is costly, from the state.
     save: saves a checkpoint of the state.
-    progress: told of every step as it is dispatched.
+    progress: told of every step when the one before it is done.
 
   Returns:
     The state after the last step.
 
   Raises:
     Interrupted: after saving.
-    FloatingPointError: the loss is not finite; nothing of it is saved.
+    FloatingPointError: a metric (the loss, the norm of its gradient) is not finite at a step after
+      which anything is due; nothing of it is written or saved.
   """
-  done = int(state.step)
+  done, metrics = int(state.step), {}
   with signals("SIGTERM", "SIGINT") as interrupted:
     while done < num_steps:
+      before = metrics
       state, metrics = step(state, next(batches))
-      done += 1
-      progress(done)
-      due = lambda every: done % every.period == 0 or done == num_steps  # noqa: B023
+      jax.block_until_ready(before)  # one step in flight: progress is of work, not of dispatches
+      progress(done := done + 1)
+      due = functools.partial(_due, done, num_steps)
       stop = interrupted() if done < num_steps else None
       if due(write) or due(evaluate) or due(save) or stop:
         _check_finite(done, metrics)
@@ -103,9 +109,14 @@ def fit(
   return state
 
 
+def _due(done: int, num_steps: int, every: Every) -> bool:
+  return done % every.period == 0 or done == num_steps
+
+
 def _check_finite(step: int, metrics: Mapping[str, jax.Array]) -> None:
-  if not math.isfinite(float(metrics["loss"])):
-    raise FloatingPointError(
-      f"The loss is {float(metrics['loss'])} at step {step}; the last checkpoint is sound. "
-      "Lower the learning rate or the clipping norm and start again from it."
-    )
+  for name, value in metrics.items():  # a finite loss can have an infinite gradient
+    if not math.isfinite(float(value)):
+      raise FloatingPointError(
+        f"The {name} is {float(value)} at step {step}, and nothing of it is saved. Lower the "
+        "learning rate or the clipping norm, and start again from the last checkpoint."
+      )

@@ -47,13 +47,6 @@ def chain(*writers: Writer) -> Writer:
   return Writer(write, tick, close)
 
 
-def prefixed(prefix: str, writer: Writer) -> Writer:
-  """The writer, with `prefix` before every name: prefixed("eval/", writer)."""
-  return writer._replace(
-    write=lambda step, scalars: writer.write(step, {prefix + k: v for k, v in scalars.items()})
-  )
-
-
 def _to_json(value: Any) -> float | str:
   value = float(value)
   if math.isfinite(value):
@@ -149,8 +142,12 @@ def tensorboard(directory: str | os.PathLike, *, step: int = 0) -> Writer:
   return Writer(write, close=events.close)
 
 
+CONSOLE = ("loss", "accuracy", "pass@1", "held_out_loss")
+"""What people are shown while they wait; files get everything."""
+
+
 class _Speed:
-  """Steps per second since the first step ended, so that compilation does not count."""
+  """Steps per second since the first was dispatched: its compilation does not count."""
 
   def __init__(self, clock: Callable[[], float]):
     self.clock, self.first, self.rate = clock, None, math.nan
@@ -167,7 +164,8 @@ def _status(speed: _Speed, remaining: int, scalars: Scalars) -> str:
   if speed.rate > 0:
     left = datetime.timedelta(seconds=round(remaining / speed.rate))
     parts = [f"{speed.rate:.3g} steps/s", f"ETA {left}"]
-  return "  ".join([*parts, *(f"{name} {value:.4g}" for name, value in scalars.items())])
+  shown = (f"{name} {scalars[name]:.4g}" for name in CONSOLE if name in scalars)
+  return "  ".join([*parts, *shown])
 
 
 def console(
@@ -180,7 +178,7 @@ def console(
 ) -> Writer:
   """Progress for people: a bar on a terminal, elsewhere a line now and then.
 
-  Both show steps per second, the time left, and the scalars written last.
+  Both show steps per second, the time left, and of the scalars written last those of `CONSOLE`.
 
   Args:
     num_steps: total.
@@ -192,15 +190,15 @@ def console(
   """
   screen = rich_console.Console(file=file, stderr=file is None, highlight=False, soft_wrap=True)
   speed = _Speed(clock)
-  make = _bar if screen.is_terminal else _lines
-  return make(screen, speed, num_steps, step, interval)
+  if screen.is_terminal:
+    return _bar(screen, speed, num_steps, step)
+  return _lines(screen, speed, num_steps, interval)
 
 
-def _bar(screen, speed, num_steps, step, interval) -> Writer:
-  del interval
+def _bar(screen, speed, num_steps, step) -> Writer:
   shown: dict[str, float] = {}
   bar = rich_progress.Progress(
-    rich_progress.BarColumn(),
+    rich_progress.BarColumn(bar_width=10),
     rich_progress.MofNCompleteColumn(),
     rich_progress.TextColumn("{task.fields[status]}"),
     console=screen,
@@ -215,8 +213,7 @@ def _bar(screen, speed, num_steps, step, interval) -> Writer:
   return Writer(lambda step, scalars: shown.update(scalars), tick, bar.stop)
 
 
-def _lines(screen, speed, num_steps, step, interval) -> Writer:
-  del step
+def _lines(screen, speed, num_steps, interval) -> Writer:
   due: dict[tuple[str, ...], float] = {}  # by the names written: evaluation has lines of its own
 
   def write(step, scalars):

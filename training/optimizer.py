@@ -21,12 +21,13 @@ def warmup_stable_decay(
   *,
   num_steps: int,
   warmup_steps: int,
-  decay_fraction: float = 0.2,
+  decay_fraction: float = 0.1,
   final_fraction: float = 0.0,
 ) -> optax.Schedule:
   """Linear from 0 to `peak`, constant, then linear down over the last `decay_fraction` of steps.
 
-  A run can be prolonged from any point of the constant part.
+  A run can be prolonged from any point of the constant part. The paper's decay is exponential; a
+  linear one ends at 0.
 
   Reference: Hu et al. 2024, arXiv 2404.06395, section 4.
   """
@@ -104,7 +105,6 @@ def muon(
       schedule,
       beta=momentum,
       weight_decay=weight_decay,
-      weight_decay_mask=decays,
       adam_b1=b1,
       adam_b2=b2,
       consistent_rms=0.2,

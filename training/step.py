@@ -42,9 +42,16 @@ def train_step(
     averaging: of the parameters after the step.
     num_microbatches: gradients are summed over so many slices of the batch, one at a time.
 
+  Raises:
+    ValueError: the batch does not divide into the microbatches.
+
   Returns:
     The state after the step, and `loss`, `gradient_norm`, `weight` and the loss's own metrics, [].
   """
+
+  batch_size = jax.tree.leaves(batch)[0].shape[0]
+  if batch_size % num_microbatches:
+    raise ValueError(f"A batch of {batch_size} does not divide into {num_microbatches=}.")
 
   def summed(params, key, batch):
     (loss, weight), metrics = loss_fn(key, params, batch)

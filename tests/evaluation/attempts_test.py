@@ -204,7 +204,7 @@ def test_an_answer_that_ends_at_once_is_empty_and_ended():
 
 def made(level, answer, *responses):
   one = problem("0", answer, level)
-  return attempts.Attempt(one, responses, tuple(verify(one, text) for text in responses))
+  return attempts.judge(TASK, one, [attempts.Response(text, "", 0.0) for text in responses])
 
 
 @pytest.mark.parametrize(
@@ -219,6 +219,19 @@ def made(level, answer, *responses):
 )
 def test_majority_of_answers(responses, right):
   assert made(1, "1", *responses).majority_correct == right
+
+
+def test_what_has_not_ended_does_not_vote():
+  ballots = [("2", "did not end"), ("2", ""), ("2", ""), ("3", ""), ("3", "did not end")]
+  responses = [attempts.Response(text, fault, 0.0) for text, fault in ballots]
+  found = attempts.judge(TASK, problem("0", "2"), responses)
+  assert found.majority_correct and found.num_correct == 2
+  assert not attempts.judge(TASK, problem("0", "2"), responses[:1]).majority_correct
+
+
+def test_the_majority_is_of_results_whatever_their_working():
+  found = made(1, "a\n1", "b\n1", "c\n1", "d\n0", "d\n0", "e\n1")
+  assert found.majority_correct and found.num_correct == 0
 
 
 def test_summary_by_hand():

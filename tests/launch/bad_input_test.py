@@ -42,13 +42,13 @@ OVERRIDES = {
   "optimizer.peak=-1.0": ("config.optimizer.peak", "above 0"),
   "optimizer.name=adamm": ("config.optimizer.name", "'adamm'", "adamw, muon"),
   "optimizer.schedule=cosine": ("'cosine'", "warmup_cosine, warmup_stable_decay"),
-  "optimizer.warmup_steps=10": ("warmup_steps=10", "num_steps=4", "lower warmup_steps"),
+  "optimizer.warmup_fraction=1.5": ("config.optimizer.warmup_fraction is 1.5", "[0, 1)"),
   "data.rows=padd": ("'padd'", "concatenate, first_fit, pad"),
   "data.source=text": ("config.data.source", "'text'", "task"),
-  "data.row_length=3": ("config.data.row_length is 3", "raise it"),
+  "data.row_length=3": ("config.data.row_length is 3", "raise them"),
   "task.name=add": ("'add'", "addition, expressions, multiplication, subtraction"),
   "task.style=reverse": ("'reverse'", "detailed, plain, reversed, simplified"),
-  "task.style=detailed": ("config.evaluation.max_new_tokens is 5", "takes", "raise it"),
+  "task.style=detailed": ("config.evaluation.max_new_tokens is 5", "answers", "raise them"),
   "task.levels=(0,)": ("levels", "0"),
   "task.test_percent=101": ("test_percent is 101", "from 0 to 100"),
   "model.dtype=float23": ("config.model.dtype", "'float23'", "bfloat16, float16, float32"),
@@ -68,7 +68,7 @@ OVERRIDES = {
   "train.average_decay=1.0": ("config.train.average_decay is 1.0", "[0, 1)"),
   "evaluation.num_problems=0": ("config.evaluation.num_problems is 0",),
   "evaluation.temperature=-1.0": ("config.evaluation.temperature is -1.0", "at least 0"),
-  "evaluation.max_new_tokens=100": ("evaluation.max_new_tokens=100", "raise it"),
+  "evaluation.max_new_tokens=100": ("config.evaluation.max_new_tokens is 100", "raise them"),
 }
 
 
@@ -95,6 +95,7 @@ def test_an_override(command, tiny, folder, override):
     ("--sweep=optimizer.name=adamw,adamm", ("'adamm'", "adamw, muon")),
     ("--seeds=0,a", ("seed", "'a'", "int")),
     ("--seeds=", ("--seeds is empty", "--seeds=0,1,2")),
+    ("--seeds=0,1,0", ("seed takes a value twice", "0,1,0")),
   ],
 )
 def test_a_flag(command, tiny, folder, extra, words):
@@ -127,7 +128,7 @@ def test_a_configuration(command, tiny, folder):
       "--config.tokenizer.path=absent.json",
     ),
     "absent.json",
-    "give the path",
+    "give one",
   )
   assert not workdir.exists()
 

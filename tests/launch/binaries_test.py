@@ -130,7 +130,9 @@ def test_samples_of_prompts(command, trained, tmp_path):
   records = [json.loads(line) for line in (tmp_path / "samples.jsonl").read_text().splitlines()]
   assert [record["prompt"] for record in records] == ["1+1="] * 3 + ["12+345="] * 3
   assert all(record["step"] == 4 and record["log_prob"] < 0 for record in records)
-  assert "".join(r["prompt"] + r["text"] + "\n" for r in records) == outcome.out
+  shown = [f"{r['prompt']}{r['text']}" for r in records]
+  faults = [f"  ({r['fault']})" * bool(r["fault"]) for r in records]
+  assert outcome.out.splitlines() == [a + b for a, b in zip(shown, faults, strict=True)]
   assert command(sample, *arguments).out == outcome.out
   assert command(sample, *arguments, "--seed=1").out != outcome.out
 

@@ -86,7 +86,7 @@ def tiny():
           "train.log_every": 1,
           "train.evaluate_every": 4,
           "optimizer.name": "adamw",
-          "optimizer.warmup_steps": 1,
+          "optimizer.warmup_fraction": 0.25,
           "evaluation.batch_size": 8,
           **(
             {"evaluation.num_problems": 3, "evaluation.num_samples": 2}

@@ -151,13 +151,31 @@ def test_dropout_needs_a_key():
   assert np.all(np.any(first != other, axis=-1)) and np.all(np.any(first != hidden(model), axis=-1))
 
 
-def test_a_key_randomises_positions_and_their_spread_is_the_default():
-  model, params = targets.tiny_target(position_range=96)
+@pytest.mark.parametrize("span", [96, 72])  # 32 positions: 3 or 9/4 apart
+def test_positions_are_spread_evenly_or_by_a_key(span):
+  model, params = targets.tiny_target(position_range=span)
+  plain = targets.tiny_target()[0]
   without = targets.apply(model, params, TOKENS)[0]
-  spread = jnp.broadcast_to(3 * jnp.arange(12), (3, 12))  # 96 / 32
-  np.testing.assert_array_equal(targets.apply(model, params, TOKENS, positions=spread)[0], without)
+  ranks = jnp.broadcast_to(jnp.arange(12), (3, 12))
+  np.testing.assert_array_equal(targets.apply(model, params, TOKENS, positions=ranks)[0], without)
+  spread = np.broadcast_to(np.arange(12) * span // 32, (3, 12))
+  expected = targets.apply(plain, params, TOKENS, positions=spread)[0]
+  np.testing.assert_array_equal(expected, without)
   random = targets.apply(model, params, TOKENS, key=jax.random.key(0))[0]
   assert np.all(np.any(random[:, 1:] != without[:, 1:], axis=-1))
+  packed = targets.apply(model, params, TOKENS, positions=ranks, key=jax.random.key(0))[0]
+  np.testing.assert_array_equal(packed, random)
+
+
+def test_a_bidirectional_model_does_not_read_a_cache_unmasked():
+  model, params = targets.tiny_target(causal=False)
+  with pytest.raises(ValueError, match="needs a mask"):
+    base.apply(model, params, TOKENS, model.init_cache(params, 3, 20))
+
+
+def test_a_token_outside_the_vocabulary_is_not_another_token():
+  model, params = targets.tiny_target()
+  assert np.all(np.isnan(model.embed(params, jnp.array([10_000]))))
 
 
 def test_scan_equals_loop_with_gradients():

@@ -231,6 +231,14 @@ def test_jsonl_source_reads_text_and_pairs(tmp_path):
     data.jsonl_source(path)[0]
   with pytest.raises(FileNotFoundError):
     data.jsonl_source(tmp_path / "none.jsonl")
+  (tmp_path / "a").mkdir()
+  (tmp_path / "a" / "y.jsonl").write_text('{"text": "first"}\n')
+  (tmp_path / "a" / "x.jsonl").write_text('{"text": "zeroth"}\n')
+  folder = data.jsonl_source(tmp_path / "a")
+  assert [record["text"] for record in (folder[0], folder[1])] == ["zeroth", "first"]
+  (tmp_path / "b").mkdir()
+  with pytest.raises(ValueError, match="has no lines"):
+    data.jsonl_source(tmp_path / "b")
 
 
 TFDS = """

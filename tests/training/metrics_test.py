@@ -13,18 +13,18 @@ from absl import logging as absl_logging
 from ancestral.training import metrics
 
 
-def test_chain_passes_everything_in_order_and_prefixes():
+def test_chain_passes_everything_in_order():
   seen = []
   note = lambda name: metrics.Writer(
     lambda step, scalars: seen.append((name, step, dict(scalars))),
     lambda step: seen.append((name, step)),
     lambda: seen.append(name),
   )
-  writer = metrics.chain(note("a"), metrics.prefixed("eval/", note("b")))
+  writer = metrics.chain(note("a"), note("b"))
   writer.write(3, {"x": 1.0})
   writer.tick(4)
   writer.close()
-  assert seen == [("a", 3, {"x": 1.0}), ("b", 3, {"eval/x": 1.0}), ("a", 4), ("b", 4), "a", "b"]
+  assert seen == [("a", 3, {"x": 1.0}), ("b", 3, {"x": 1.0}), ("a", 4), ("b", 4), "a", "b"]
   metrics.chain().write(1, {})
 
 
@@ -79,13 +79,13 @@ def test_console_off_a_terminal_writes_few_lines():
     writer.tick(step)
     writer.write(step, {"loss": 1 / step})
     if step == 50:
-      writer.write(step, {"eval/accuracy": 0.25})
+      writer.write(step, {"pass@1": 0.25, "pass@1/level_1": 0.5})
     now[0] += 0.5
   writer.close()
   lines = out.getvalue().splitlines()
   assert lines[0] == "step 1/100  loss 1"
   assert lines[1] == "step 21/100  2 steps/s  ETA 0:00:40  loss 0.04762"
-  assert lines[3] == "step 50/100  2 steps/s  ETA 0:00:25  eval/accuracy 0.25"
+  assert lines[3] == "step 50/100  2 steps/s  ETA 0:00:25  pass@1 0.25"
   assert lines[-1] == "step 100/100  2 steps/s  ETA 0:00:00  loss 0.01"
   assert len(lines) == 7
 
