@@ -21,7 +21,7 @@ from ..evaluation import attempts as attempts_lib
 from . import experiment as experiment_lib
 from . import flags, report
 
-READS = (flags.CONFIG, flags.WORKDIR, flags.LAST, flags.STEP)
+READS = (flags.CONFIG, flags.WORKDIR, flags.LAST, flags.STEP, flags.BEST)
 
 
 def table(attempts: Sequence[attempts_lib.Attempt]) -> rich.table.Table:
@@ -67,7 +67,11 @@ def main(_: Sequence[str]) -> None:
   with flags.one_line_errors():
     workdir = flags.required(flags.WORKDIR)
     experiment, params, step = experiment_lib.restore_params(
-      flags.CONFIG.value, workdir, last=flags.LAST.value, step=flags.STEP.value
+      flags.CONFIG.value,
+      workdir,
+      last=flags.LAST.value,
+      step=flags.STEP.value,
+      best=flags.BEST.value,
     )
     config = experiment.config
     measure = (

@@ -215,8 +215,18 @@ def init_state(experiment: Experiment, key: jax.Array) -> state_lib.TrainState:
   )
 
 
+def quality(scalars: Mapping[str, float]) -> float:
+  """Which checkpoint is best: that of most right answers, or of least held-out loss."""
+  return scalars["pass@1"] if "pass@1" in scalars else -scalars["held_out_loss"]
+
+
 def restore_params(
-  config: Config | None, workdir: str, *, last: bool = False, step: int | None = None
+  config: Config | None,
+  workdir: str,
+  *,
+  last: bool = False,
+  step: int | None = None,
+  best: bool = False,
 ) -> tuple[Experiment, models.Params, int]:
   """The experiment, its trained parameters unstacked for decoding, and the step they are from.
 
@@ -225,11 +235,17 @@ def restore_params(
     workdir: of the run.
     last: the parameters themselves, even where their running average is kept.
     step: the checkpoint; None is the latest.
+    best: the checkpoint of the best evaluation instead.
 
   Raises:
     FileNotFoundError: the workdir has no such checkpoint.
-    ValueError: the checkpoint is corrupt, or of another model or task.
+    ValueError: the checkpoint is corrupt, or of another model or task; or both step and best.
   """
+  if best and step is not None:
+    raise ValueError(f"--best and --step={step} may be two checkpoints: give one of them.")
+  if best:
+    with checkpoint.open_manager(checkpoints(workdir), create=False) as manager:
+      step = checkpoint.best_step(manager, quality)
   saved = checkpoint.load_config(checkpoints(workdir), step)
   config = config or ml_collections.ConfigDict(saved).lock()
   checkpoint.check_config(saved, to_json(config), ignore=FREE_TO_EVALUATE)

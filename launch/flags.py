@@ -22,6 +22,7 @@ SWEEP = flags.DEFINE_multi_string(
 )
 LAST = flags.DEFINE_bool("last", False, "Use the last parameters, not their average.")
 STEP = flags.DEFINE_integer("step", None, "Checkpoint to take; the latest by default.")
+BEST = flags.DEFINE_bool("best", False, "Take the checkpoint that evaluated best in training.")
 
 
 def run(main: Callable[[list[str]], None], reads: Sequence[flags.FlagHolder]) -> None:
@@ -51,7 +52,7 @@ def parse(argv: list[str], reads: Sequence[flags.FlagHolder]) -> list[str]:
     if remaining[1:]:
       raise ValueError(f"{remaining[1]!r} is not a flag: flags are written --name=value.")
     read = {flag.name for flag in reads}
-    for flag in (CONFIG, WORKDIR, SEEDS, SWEEP, LAST, STEP):
+    for flag in (CONFIG, WORKDIR, SEEDS, SWEEP, LAST, STEP, BEST):
       if flag.present and flag.name not in read:
         raise ValueError(f"--{flag.name} means nothing here: leave it out.")
   return remaining

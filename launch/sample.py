@@ -22,7 +22,7 @@ from ..evaluation import attempts
 from . import experiment as experiment_lib
 from . import flags
 
-READS = (flags.CONFIG, flags.WORKDIR, flags.LAST, flags.STEP)
+READS = (flags.CONFIG, flags.WORKDIR, flags.LAST, flags.STEP, flags.BEST)
 _PROMPT = absl_flags.DEFINE_multi_string("prompt", [], "Text to continue; may be repeated.")
 _NUM_PROBLEMS = absl_flags.DEFINE_integer(
   "num_problems", 0, "Held-out problems to answer.", lower_bound=0
@@ -90,7 +90,11 @@ def main(_: Sequence[str]) -> None:
     if _OUTPUT.value and not pathlib.Path(_OUTPUT.value).parent.is_dir():
       raise FileNotFoundError(f"--output={_OUTPUT.value}: there is no such directory, make it.")
     experiment, params, step = experiment_lib.restore_params(
-      flags.CONFIG.value, workdir, last=flags.LAST.value, step=flags.STEP.value
+      flags.CONFIG.value,
+      workdir,
+      last=flags.LAST.value,
+      step=flags.STEP.value,
+      best=flags.BEST.value,
     )
     records = draw(experiment, params)
   console = rich.console.Console(highlight=False, emoji=False)

@@ -17,7 +17,7 @@ import os
 import pathlib
 import signal
 import sys
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any, NamedTuple, NoReturn
 
 import jax
@@ -74,7 +74,9 @@ def open_run(config: experiment_lib.Config, workdir: str) -> Run:
   directory = experiment_lib.checkpoints(workdir)
   with contextlib.ExitStack() as undo:
     undo.callback(batches.close)
-    manager = checkpoint.open_manager(directory, keep=config.train.keep, best=_score)
+    manager = checkpoint.open_manager(
+      directory, keep=config.train.keep, best=experiment_lib.quality
+    )
     undo.callback(manager.close)
     if manager.latest_step() is None:
       state = jax.jit(init)(init_key)
@@ -91,11 +93,6 @@ def open_run(config: experiment_lib.Config, workdir: str) -> Run:
       data.set_state(batches, restored.data_state)
     undo.pop_all()
   return Run(experiment, pathlib.Path(workdir), key, state, batches, manager, score)
-
-
-def _score(scalars: Mapping[str, float]) -> float:
-  """Which checkpoint is best: that of most right answers, or of least held-out loss."""
-  return scalars["pass@1"] if "pass@1" in scalars else -scalars["held_out_loss"]
 
 
 def scores(experiment: experiment_lib.Experiment) -> Callable[[Any], dict[str, float]]:

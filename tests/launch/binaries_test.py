@@ -171,6 +171,29 @@ def test_samples_of_problems_carry_their_verdicts(command, trained, tmp_path):
     assert (record["reason"] or "correct") in outcome.out
 
 
+def test_the_best_checkpoint_is_the_one_that_evaluated_best(command, tiny, tmp_path):
+  fields = {"data__folder": tmp_path, "data__pattern": "*.txt", "data__row_length": 16}
+  for i in range(20):
+    (tmp_path / f"{i}.txt").write_text("abcdefgh" * 20)
+  peak = {"optimizer__peak": 30.0, "train__num_steps": 6}  # it gets worse
+  every = {"train__evaluate_every": 1, "train__save_every": 1, "train__keep": 1}
+  workdir = tmp_path / "run"
+  arguments = tiny("text.py", evaluation__max_new_tokens=8, **fields, **peak, **every)
+  assert command(train, f"--workdir={workdir}", *arguments).status == 0
+  records = metrics.read_jsonl(workdir / "metrics.jsonl")
+  losses = {r["step"]: r["held_out_loss"] for r in records if "held_out_loss" in r}
+  best = min(losses, key=losses.get)
+  assert best < 6
+  for extra, step in (["--best"], best), ([], 6):
+    assert command(evaluate, f"--workdir={workdir}", *extra).status == 0
+    result = json.loads((workdir / "evaluation.json").read_text())
+    assert result["step"] == step
+    assert result["loss"] == pytest.approx(losses[step], rel=1e-6)
+  assert (
+    "--best and --step=6" in command(evaluate, f"--workdir={workdir}", "--best", "--step=6").err
+  )
+
+
 def test_text_of_a_folder_and_of_a_jsonl_file(command, tiny, tmp_path):
   rng = random.Random(0)
   (tmp_path / "texts").mkdir()
