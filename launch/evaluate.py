@@ -65,14 +65,8 @@ def write(workdir: str, result: dict[str, Any]) -> pathlib.Path:
 def main(_: Sequence[str]) -> None:
   """Evaluates the checkpoint of --workdir."""
   with flags.one_line_errors():
-    workdir = flags.required(flags.WORKDIR)
-    experiment, params, step = experiment_lib.restore_params(
-      flags.CONFIG.value,
-      workdir,
-      last=flags.LAST.value,
-      step=flags.STEP.value,
-      best=flags.BEST.value,
-    )
+    wanted = flags.checkpoint()
+    experiment, params, step = experiment_lib.restore_params(**wanted)
     config = experiment.config
     measure = (
       experiment_lib.held_out_loss(experiment)
@@ -88,7 +82,7 @@ def main(_: Sequence[str]) -> None:
     attempts = measure(params, jax.random.key(config.seed))
     result = record(attempts)
     console.print(table(attempts))
-  path = write(workdir, {"step": step, **result})
+  path = write(wanted["workdir"], {"step": step, **result})
   console.print(f"Step {step}; written to {path}", markup=False, soft_wrap=True)
 
 

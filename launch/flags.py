@@ -4,10 +4,13 @@ import contextlib
 import itertools
 import sys
 from collections.abc import Callable, Iterator, Sequence
+from typing import Any
 
 import ml_collections
 from absl import app, flags, logging
 from ml_collections import config_flags
+
+app.define_help_flags()  # app.run defines them only after `parse` has read the command line
 
 CONFIG = config_flags.DEFINE_config_file(
   "config", None, "Experiment, such as configs/arithmetic.py or configs/arithmetic.py:small."
@@ -38,8 +41,6 @@ def run(main: Callable[[list[str]], None], reads: Sequence[flags.FlagHolder]) ->
 
 def parse(argv: list[str], reads: Sequence[flags.FlagHolder]) -> list[str]:
   """Sets the flags from `argv`; what would be ignored is an error, which ends the program."""
-  if "help" not in flags.FLAGS:
-    app.define_help_flags()
   with one_line_errors():
     try:
       remaining = flags.FLAGS(argv)
@@ -102,6 +103,21 @@ def required(flag: flags.FlagHolder) -> str:
     help_ = flags.FLAGS[flag.name].help
     raise ValueError(f"--{flag.name} is missing: give --{flag.name}=... ({help_})")
   return flag.value
+
+
+def checkpoint() -> dict[str, Any]:
+  """Which parameters the flags ask for: the arguments of `experiment.restore_params`.
+
+  Raises:
+    ValueError: --workdir is missing.
+  """
+  return {
+    "config": CONFIG.value,
+    "workdir": required(WORKDIR),
+    "last": LAST.value,
+    "step": STEP.value,
+    "best": BEST.value,
+  }
 
 
 def runs() -> list[tuple[str, ml_collections.ConfigDict]]:

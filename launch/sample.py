@@ -84,18 +84,12 @@ def draw(experiment, params) -> list[dict]:
 def main(_: Sequence[str]) -> None:
   """Samples from the checkpoint of --workdir."""
   with flags.one_line_errors():
-    workdir = flags.required(flags.WORKDIR)
+    wanted = flags.checkpoint()
     if bool(_PROMPT.value) == bool(_NUM_PROBLEMS.value):
       raise ValueError("Give either --prompt=TEXT or --num_problems=N.")
     if _OUTPUT.value and not pathlib.Path(_OUTPUT.value).parent.is_dir():
       raise FileNotFoundError(f"--output={_OUTPUT.value}: there is no such directory, make it.")
-    experiment, params, step = experiment_lib.restore_params(
-      flags.CONFIG.value,
-      workdir,
-      last=flags.LAST.value,
-      step=flags.STEP.value,
-      best=flags.BEST.value,
-    )
+    experiment, params, step = experiment_lib.restore_params(**wanted)
     records = draw(experiment, params)
   console = rich.console.Console(highlight=False, emoji=False)
   for record in records:

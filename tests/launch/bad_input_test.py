@@ -140,6 +140,18 @@ def test_a_missing_flag(command, tiny):
     check(command(binary), "--workdir is missing")
 
 
+def test_an_override_before_its_file(command, folder):
+  workdir = f"--workdir={folder / 'absent'}"
+  outcome = command(evaluate, workdir, "--config.evaluation.num_samples=2")
+  check(outcome, "--config.evaluation.num_samples", "--config=FILE before it")
+
+
+def test_help_is_no_error(command):
+  outcome = command(train, "--help")
+  assert outcome.status == 1 and "USAGE" in outcome.out  # absl ends --help with 1
+  assert "error:" not in outcome.err
+
+
 def test_a_workdir_without_checkpoints(command, folder):
   for workdir in (folder / "absent", folder):
     check(command(evaluate, f"--workdir={workdir}"), str(workdir), "train first")

@@ -3,6 +3,7 @@
 import html.parser
 import json
 import random
+import sys
 
 import jax
 import numpy as np
@@ -169,6 +170,25 @@ def test_samples_of_problems_carry_their_verdicts(command, trained, tmp_path):
   for record in records:
     assert record["correct"] == (not record["reason"])
     assert (record["reason"] or "correct") in outcome.out
+
+
+def test_a_run_is_not_shortened_after_the_fact(command, tiny, trained):
+  arguments = tiny(train__average_decay=0.9, train__num_steps=2)
+  outcome = command(train, f"--workdir={trained}", *arguments)
+  assert outcome.status == 2 and "has made 4 steps" in outcome.err and "=2" in outcome.err
+  assert saved(trained)["train"]["num_steps"] == 4
+
+
+def test_a_second_interrupt_ends_at_once(command, tiny, tmp_path, monkeypatch):
+  def impatient(run):
+    run.batches.close()
+    run.manager.close()
+    raise KeyboardInterrupt
+
+  monkeypatch.setattr(train, "train", impatient)
+  monkeypatch.setattr(train.os, "_exit", sys.exit)  # the status, without ending the tests
+  outcome = command(train, f"--workdir={tmp_path / 'run'}", *tiny())
+  assert outcome.status == 130 and "goes on from what was saved" in outcome.err
 
 
 def test_the_best_checkpoint_is_the_one_that_evaluated_best(command, tiny, tmp_path):
