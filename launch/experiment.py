@@ -16,7 +16,7 @@ import optax
 from ..evaluation import attempts
 from ..models import base as models
 from ..models import transformer
-from ..sampling import decode, logits
+from ..sampling import decode, logits, truncation
 from ..tasks import arithmetic, expressions
 from ..tasks import base as tasks
 from ..tasks import tokenizer as tokenizers
@@ -290,8 +290,8 @@ def sampler(experiment: Experiment, *, max_new_tokens: int, top_k: int | None = 
   def sample(params, settings, keys, prompts):
     transforms = [logits.temperature(settings["temperature"])]
     if top_k is not None:
-      transforms.append(logits.top_k(top_k))
-    transforms.append(logits.top_p(settings["top_p"]))
+      transforms.append(truncation.top_k(top_k))
+    transforms.append(truncation.top_p(settings["top_p"]))
     return decode.generate(
       experiment.model,
       params,

@@ -1,7 +1,9 @@
-"""Transforms of next-token logits, and the draw from what is left.
+"""Transforms of next-token logits, their chain, and the draw from what is left.
 
-Everything is float32, and a filtered token is -inf. Parameters are scalars or [B], so one compiled
-function serves requests with different settings.
+A transform's file says what it looks at: tempering is here, `truncation` keeps the likeliest
+tokens, `history` looks at what was written, `constraints` at what may be, and `feedback` at how
+surprising it was. Everything is float32, and a filtered token is -inf. Parameters are scalars or
+[B], so one compiled function serves requests with different settings.
 """
 
 from collections.abc import Callable
@@ -71,12 +73,12 @@ def chain(*transforms: LogitsTransform) -> LogitsTransform:
   return LogitsTransform(init, apply, update)
 
 
-def _per_row(value) -> jax.Array:
+def per_row(value: float | jax.Array) -> jax.Array:
   """A scalar or [B] parameter as [1, 1] or [B, 1], to go with logits [B, V]."""
   return jnp.asarray(value).reshape(-1, 1)
 
 
-def _check(name: str, value, holds: Callable[[Any], bool], rule: str) -> None:
+def require(name: str, value: float | jax.Array, holds: Callable[[Any], bool], rule: str) -> None:
   """Refuses a bad Python number; the values of an array are known only when it runs."""
   if isinstance(value, int | float) and not holds(value):
     raise ValueError(f"{name}({value}): it has to be {rule}.")
@@ -98,78 +100,15 @@ def temperature(value: float | jax.Array) -> LogitsTransform:
   Args:
     value: T >= 0, scalar or [B].
   """
-  _check("temperature", value, lambda t: t >= 0, "at least 0")
+  require("temperature", value, lambda t: t >= 0, "at least 0")
 
   def apply(logits):
-    t = _per_row(value).astype(logits.dtype)
+    t = per_row(value).astype(logits.dtype)
     # At T = 1e-30 the law is greedy's already, and the quotient does not overflow yet.
     positive = jnp.where(t > 0, jnp.maximum(t, 1e-30), 1)
     return jnp.where(t > 0, logits / positive, _argmax_only(logits))
 
   return stateless(apply)
-
-
-def top_k(k: int | jax.Array) -> LogitsTransform:
-  """Keeps the tokens at least as likely as the k-th most likely one.
-
-  Ties with the k-th are all kept (as transformers and vLLM do), so more than k may be left. A k of
-  V or more keeps everything.
-
-  Args:
-    k: at least 1, scalar or [B].
-  """
-  _check("top_k", k, lambda k: k >= 1, "at least 1; to keep everything, leave it out")
-
-  def apply(logits):
-    least = jnp.clip(_per_row(k), 1, logits.shape[-1])
-    return _keep_largest(logits, lambda kept: jnp.sum(kept, axis=-1, keepdims=True) >= least)
-
-  return stateless(apply)
-
-
-def top_p(p: float | jax.Array) -> LogitsTransform:
-  """Nucleus sampling: keeps the fewest most likely tokens whose probability reaches p.
-
-  The token that crosses p is kept, so at least one always is; equally likely tokens stand or fall
-  together.
-
-  Args:
-    p: in (0, 1], scalar or [B].
-
-  Reference: Holtzman et al. 2019, arXiv 1904.09751, equations 2 and 3.
-  """
-  _check("top_p", p, lambda p: 0 < p <= 1, "in (0, 1]")
-
-  def apply(logits):
-    probabilities = jax.nn.softmax(logits, axis=-1)
-    least = jnp.maximum(_per_row(p).astype(logits.dtype), jnp.finfo(logits.dtype).tiny)
-
-    def reaches(kept):
-      return jnp.sum(jnp.where(kept, probabilities, 0), axis=-1, keepdims=True) >= least
-
-    return jnp.where(_per_row(p) >= 1, logits, _keep_largest(logits, reaches))
-
-  return stateless(apply)
-
-
-def _keep_largest(logits: jax.Array, enough: Callable[[jax.Array], jax.Array]) -> jax.Array:
-  """Keeps {v : logits[v] >= c} for the largest c whose set is `enough`, without a sort.
-
-  Bisection over the bit patterns of float32, which in the right order are the order of the floats:
-  32 reads of the logits find c exactly. `enough` takes [B, V] bool to [B, 1] bool, is monotone in
-  the set, and holds for the whole vocabulary.
-  """
-  logits = jnp.where(logits == 0, 0, logits.astype(jnp.float32))  # -0.0 ties with 0.0
-  bits = jax.lax.bitcast_convert_type(logits, jnp.uint32)
-  sign = jnp.uint32(1 << 31)
-  ordered = jnp.where(bits >= sign, ~bits, bits | sign)
-
-  def set_bit(i, threshold):
-    candidate = threshold | (sign >> i.astype(jnp.uint32))
-    return jnp.where(enough(ordered >= candidate), candidate, threshold)
-
-  threshold = jax.lax.fori_loop(0, 32, set_bit, jnp.zeros((logits.shape[0], 1), jnp.uint32))
-  return jnp.where(ordered >= threshold, logits, -jnp.inf)
 
 
 def draw(keys: jax.Array, logits: jax.Array) -> jax.Array:

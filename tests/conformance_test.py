@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 import targets
-from ancestral.sampling import base, decode, logits
+from ancestral.sampling import base, decode, logits, truncation
 
 
 class Case(NamedTuple):
@@ -56,7 +56,7 @@ def decoding(name, target, transform=logits.chain, **kwargs):
 
 
 def filters():
-  return logits.chain(logits.temperature(1.3), logits.top_k(4), logits.top_p(0.9))
+  return logits.chain(logits.temperature(1.3), truncation.top_k(4), truncation.top_p(0.9))
 
 
 CASES = [

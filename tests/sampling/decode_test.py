@@ -7,7 +7,7 @@ import pytest
 
 import targets
 from ancestral.models import toy
-from ancestral.sampling import base, decode
+from ancestral.sampling import base, decode, truncation
 from ancestral.sampling import logits as logits_lib
 
 NUM = 200_000
@@ -16,10 +16,10 @@ NEW = 3
 
 TRANSFORMS = {
   "plain": (lambda: None, lambda row: range(len(row)), 1.0),
-  "top_k": (lambda: logits_lib.top_k(2), lambda row: targets.top_k_set(row, 2), 1.0),
-  "top_p": (lambda: logits_lib.top_p(0.7), lambda row: targets.top_p_set(row, 0.7), 1.0),
+  "top_k": (lambda: truncation.top_k(2), lambda row: targets.top_k_set(row, 2), 1.0),
+  "top_p": (lambda: truncation.top_p(0.7), lambda row: targets.top_p_set(row, 0.7), 1.0),
   "warm_top_p": (
-    lambda: logits_lib.chain(logits_lib.temperature(2.0), logits_lib.top_p(0.7)),
+    lambda: logits_lib.chain(logits_lib.temperature(2.0), truncation.top_p(0.7)),
     lambda row: targets.top_p_set(row, 0.7),
     2.0,
   ),
@@ -138,7 +138,7 @@ def test_generate_stops_stepping_when_every_row_is_done():
 
 @pytest.mark.parametrize(
   "transform",
-  [logits_lib.greedy(), logits_lib.top_k(1), logits_lib.temperature(0.0)],
+  [logits_lib.greedy(), truncation.top_k(1), logits_lib.temperature(0.0)],
   ids=["greedy", "k1", "cold"],
 )
 def test_greedy_follows_the_argmax_with_log_prob_zero(transform):
@@ -285,7 +285,7 @@ def test_one_bucket_compiles_once_whatever_prompts_params_and_settings():
   def sample(params, settings, keys, prompts):
     traces.append(1)
     transform = logits_lib.chain(
-      logits_lib.temperature(settings["temperature"]), logits_lib.top_k(settings["k"])
+      logits_lib.temperature(settings["temperature"]), truncation.top_k(settings["k"])
     )
     return decode.generate(model, params, keys, prompts, max_new_tokens=3, transform=transform)
 

@@ -10,6 +10,7 @@ from scipy import stats
 
 import targets
 from ancestral.sampling import logits as logits_lib
+from ancestral.sampling import truncation
 
 INF = np.inf
 
@@ -49,7 +50,7 @@ AWKWARD = np.array(
 @pytest.mark.parametrize("k", [1, 2, 3, 5, 6, 100])
 @pytest.mark.parametrize("logits", [random_logits(), AWKWARD], ids=["ties", "awkward"])
 def test_top_k_by_definition(logits, k):
-  out = transformed(logits_lib.top_k(k), logits)
+  out = transformed(truncation.top_k(k), logits)
   expected = targets.filtered(logits, lambda row: targets.top_k_set(row, k))
   np.testing.assert_array_equal(out, expected)
 
@@ -57,14 +58,14 @@ def test_top_k_by_definition(logits, k):
 @pytest.mark.parametrize("p", [1e-6, 0.3, 0.77, 0.999, 1.0])
 def test_top_p_by_definition(p):
   logits = random_logits()
-  out = transformed(logits_lib.top_p(p), logits)
+  out = transformed(truncation.top_p(p), logits)
   expected = targets.filtered(logits, lambda row: targets.top_p_set(row, p))
   np.testing.assert_array_equal(out, expected)
 
 
 @pytest.mark.parametrize("p", [1e-6, 0.6, 0.97])
 def test_top_p_of_awkward_floats(p):
-  out = transformed(logits_lib.top_p(p), AWKWARD)
+  out = transformed(truncation.top_p(p), AWKWARD)
   expected = targets.filtered(AWKWARD, lambda row: targets.top_p_set(row, p))
   np.testing.assert_array_equal(out, expected)
 
@@ -72,22 +73,22 @@ def test_top_p_of_awkward_floats(p):
 def test_top_p_keeps_the_token_that_crosses_and_ties_stand_together():
   logits = np.log([[0.5, 0.3, 0.2], [0.4, 0.3, 0.3]])
   np.testing.assert_array_equal(
-    np.isfinite(transformed(logits_lib.top_p(0.6), logits)), [[1, 1, 0], [1, 1, 1]]
+    np.isfinite(transformed(truncation.top_p(0.6), logits)), [[1, 1, 0], [1, 1, 1]]
   )
 
 
 @pytest.mark.parametrize("p", [1e-45, 1e-38])
 def test_top_p_towards_zero_is_greedy(p):
   logits = np.random.default_rng(0).normal(size=(5, 30))
-  out = transformed(logits_lib.top_p(p), logits)
+  out = transformed(truncation.top_p(p), logits)
   np.testing.assert_array_equal(out, transformed(logits_lib.greedy(), logits))
 
 
 def test_no_filter_at_the_ends_of_the_range():
   logits = np.vstack([AWKWARD, random_logits(5, 6)]).astype(np.float32)
   for transform in (
-    logits_lib.top_k(6),
-    logits_lib.top_p(1.0),
+    truncation.top_k(6),
+    truncation.top_p(1.0),
     logits_lib.chain(),
     logits_lib.temperature(1.0),
   ):
@@ -99,7 +100,7 @@ def test_no_filter_at_the_ends_of_the_range():
 )
 def test_a_number_that_means_nothing_is_refused(make, value):
   with pytest.raises(ValueError, match=rf"{make}\({value}\)"):
-    getattr(logits_lib, make)(value)
+    getattr(logits_lib if make == "temperature" else truncation, make)(value)
 
 
 def test_a_tiny_temperature_is_greedy_and_finite():
@@ -143,8 +144,8 @@ def test_temperature_zero_is_greedy_and_its_gradient_is_finite():
   "factory, values",
   [
     (logits_lib.temperature, [0.0, 0.5, 1.0, 2.0]),
-    (logits_lib.top_k, [1, 2, 4, 50]),
-    (logits_lib.top_p, [1e-6, 0.4, 0.9, 1.0]),
+    (truncation.top_k, [1, 2, 4, 50]),
+    (truncation.top_p, [1e-6, 0.4, 0.9, 1.0]),
   ],
 )
 def test_settings_per_row_equal_the_rows_apart(factory, values):
@@ -163,7 +164,7 @@ def test_bisection_finds_every_threshold_among_extreme_floats():
   normal = np.isfinite(floats) & (np.abs(floats) >= np.finfo(np.float32).tiny)
   floats = np.where(normal, floats, np.float32(-INF))
   ks = jnp.asarray(rng.integers(1, 34, 64))
-  out = np.asarray(logits_lib.top_k(ks).apply(jnp.asarray(floats), None, ()))
+  out = np.asarray(truncation.top_k(ks).apply(jnp.asarray(floats), None, ()))
   for row, result, k in zip(floats, out, ks, strict=True):
     kept = np.sort(row)[::-1][: int(k)]
     np.testing.assert_array_equal(np.sort(result)[::-1][: int(k)], kept)
@@ -172,7 +173,7 @@ def test_bisection_finds_every_threshold_among_extreme_floats():
 
 def test_chain_applies_in_order():
   logits = np.log(np.array([[0.5, 0.3, 0.15, 0.05]]))
-  hot, nucleus = logits_lib.temperature(3.0), logits_lib.top_p(0.75)
+  hot, nucleus = logits_lib.temperature(3.0), truncation.top_p(0.75)
   assert np.isfinite(transformed(logits_lib.chain(nucleus, hot), logits)).sum() == 2
   assert np.isfinite(transformed(logits_lib.chain(hot, nucleus), logits)).sum() == 3
   np.testing.assert_array_equal(
@@ -287,7 +288,7 @@ def test_top_k_equals_the_peers(peers, k):
   torch, process = peers
   logits = random_logits(200).astype(np.float32)
   expected = process.TopKLogitsWarper(k)(None, torch.from_numpy(logits)).numpy()
-  np.testing.assert_array_equal(transformed(logits_lib.top_k(k), logits), expected)
+  np.testing.assert_array_equal(transformed(truncation.top_k(k), logits), expected)
 
 
 @pytest.mark.peers
@@ -297,7 +298,7 @@ def test_top_p_equals_the_peers(peers, p):
   torch, process = peers
   logits = np.random.default_rng(0).normal(size=(200, 50)).astype(np.float32) * 3
   expected = process.TopPLogitsWarper(p)(None, torch.from_numpy(logits)).numpy()
-  np.testing.assert_array_equal(transformed(logits_lib.top_p(p), logits), expected)
+  np.testing.assert_array_equal(transformed(truncation.top_p(p), logits), expected)
 
 
 @pytest.mark.peers
@@ -305,7 +306,7 @@ def test_top_p_of_ties_contains_the_peers(peers):
   torch, process = peers
   logits = random_logits(200).astype(np.float32)
   theirs = np.isfinite(process.TopPLogitsWarper(0.8)(None, torch.from_numpy(logits)).numpy())
-  ours = np.isfinite(transformed(logits_lib.top_p(0.8), logits))
+  ours = np.isfinite(transformed(truncation.top_p(0.8), logits))
   least = np.where(theirs, logits, INF).min(axis=1, keepdims=True)
   np.testing.assert_array_equal(ours, logits >= least)  # theirs, and what ties with its last
   assert np.any(ours != theirs)
