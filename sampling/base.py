@@ -101,13 +101,13 @@ def select_rows(rows: jax.Array, new: Any, old: Any) -> Any:
   return jax.tree.map(select, new, old)
 
 
-def admit(state: Any, fresh: Any, rows: jax.Array) -> Any:
-  """Refills slots: `fresh` states (their step 0) in the slots where rows [B] is true.
+def admit(state: Any, fresh: Any, slots: jax.Array) -> Any:
+  """Refills slots: row r of `fresh` (its step 0) goes to slots[r], [R]; out of range, nowhere.
 
   The caller puts the new requests' keys in the same slots; each then draws what it would have
   drawn alone.
   """
-  return select_rows(rows, fresh, state)
+  return jax.tree.map(lambda old, new: old.at[slots].set(new, mode="drop"), state, fresh)
 
 
 class Recorded(NamedTuple):

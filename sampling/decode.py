@@ -102,12 +102,18 @@ def pad_prompts(
 
 
 def prefill(
-  model: models.LanguageModel, params: models.Params, prompts: Prompts, max_length: int
+  model: models.LanguageModel,
+  params: models.Params,
+  prompts: Prompts,
+  max_length: int,
+  *,
+  chunk: int = 512,
 ) -> models.Cache:
   """A cache for `max_length` tokens that holds each prompt but its last token.
 
   The last token is left to the first step, so that every step is one call of the model and one
-  draw. Rows shorter than P are written with padding, and rewound.
+  draw. Prompts go through the model `chunk` tokens at a time, as far as the longest of them, so
+  wide padding costs nothing. Shorter rows are written with padding, and rewound.
   """
   batch_size, width = prompts.tokens.shape
   if width > max_length:
@@ -116,9 +122,19 @@ def prefill(
       "max_length or shorten the prompts."
     )
   cache = model.init_cache(params, batch_size, max_length)
-  if width > 1:
-    _, cache = models.apply(model, params, prompts.tokens[:, :-1], cache)
-  return cache._replace(length=prompts.length - 1)
+  held = prompts.length - 1
+  if width - 1 <= chunk:
+    if width > 1:
+      _, cache = models.apply(model, params, prompts.tokens[:, :-1], cache)
+    return cache._replace(length=held)
+  tokens = jnp.pad(prompts.tokens, ((0, 0), (0, -width % chunk)))
+
+  def read(i, cache):
+    part = jax.lax.dynamic_slice_in_dim(tokens, i * chunk, chunk, axis=1)
+    return models.apply(model, params, part, cache)[1]
+
+  cache = jax.lax.fori_loop(0, -(-jnp.max(held) // chunk), read, cache)
+  return cache._replace(length=held)
 
 
 def autoregressive(
@@ -129,6 +145,9 @@ def autoregressive(
   max_new_tokens: int | jax.Array,
   transform: logits_lib.LogitsTransform | None = None,
   stop: Sequence[int] = (),
+  num_samples: int = 1,
+  capacity: int | None = None,
+  prefill_chunk: int = 512,
 ) -> base.SamplingAlgorithm:
   """Draws x_t ~ transform(p(. | x_<t)), one token a step, from Prompts.
 
@@ -138,10 +157,14 @@ def autoregressive(
   Args:
     model: the model.
     params: its parameters; a transformer's decode fastest unstacked (`transformer.unstack`).
-    max_length: S, static.
+    max_length: the longest sequence, static.
     max_new_tokens: scalar or [B].
     transform: of the logits; None leaves the model's law.
     stop: tokens that end a row, kept as its last.
+    num_samples: rows for each prompt, neighbours that share its prefill; B counts them all.
+    capacity: S, the slots to begin with, `max_length` if None. Whoever gives less has to `resize`
+      the state before a row `is_cramped`.
+    prefill_chunk: tokens of the prompts that go through the model at once.
   """
   transform = logits_lib.chain() if transform is None else transform
   stop = jnp.array(stop, jnp.int32)
@@ -151,13 +174,16 @@ def autoregressive(
 
   def init(keys, prompts):
     del keys
-    batch_size, width = prompts.tokens.shape
-    cache = prefill(model, params, prompts, max_length)
-    in_prompt = jnp.arange(width)[None, :] < prompts.length[:, None]
-    tokens = jnp.pad(jnp.where(in_prompt, prompts.tokens, 0), ((0, 0), (0, max_length - width)))
+    slots = max_length if capacity is None else capacity
+    cache = prefill(model, params, prompts, slots, chunk=prefill_chunk)
+    repeat = lambda leaf: jnp.repeat(leaf, num_samples, axis=0)
+    (tokens, length), cache = jax.tree.map(repeat, (prompts, cache))
+    batch_size, width = tokens.shape
+    tokens = jnp.where(jnp.arange(width)[None, :] < length[:, None], tokens, 0)
+    tokens = jnp.pad(tokens, ((0, 0), (0, slots - width)))
     step = jnp.zeros(batch_size, jnp.int32)
     return DecodeState(
-      step, tokens, prompts.length, is_full(prompts.length, step), cache, transform.init(batch_size)
+      step, tokens, length, is_full(length, step), cache, transform.init(batch_size)
     )
 
   def step(keys, state):
@@ -173,7 +199,7 @@ def autoregressive(
     count = active.astype(jnp.int32)
     length, steps = state.length + count, state.step + count
     rows = jnp.arange(token.size)
-    slot = jnp.where(active, state.length, max_length)  # max_length is out of bounds: dropped
+    slot = jnp.where(active, state.length, state.tokens.shape[1])  # out of bounds: dropped
     stopped = jnp.any(token[:, None] == stop[None, :], axis=1)
     info = DecodeInfo(
       token, logits_lib.log_prob(logits, token), logits_lib.log_prob(model_logits, token)
@@ -191,6 +217,41 @@ def autoregressive(
   return base.SamplingAlgorithm(init, step)
 
 
+def is_cramped(state: DecodeState) -> jax.Array:
+  """Whether a row that goes on has no slot left for its next token, []."""
+  return jnp.any(~state.done & (state.length >= state.tokens.shape[1]))
+
+
+def resize(
+  model: models.LanguageModel, params: models.Params, state: DecodeState, capacity: int
+) -> DecodeState:
+  """The same state in `capacity` slots, more or fewer, so that attention reads what is written."""
+  batch_size = state.done.shape[0]
+
+  def fit(leaf, shape):
+    return jax.lax.pad(
+      leaf,
+      jnp.zeros((), leaf.dtype),
+      [(0, new - old, 0) for old, new in zip(leaf.shape, shape.shape, strict=True)],
+    )
+
+  empty = jax.eval_shape(lambda: model.init_cache(params, batch_size, capacity))
+  tokens = jax.ShapeDtypeStruct((batch_size, capacity), state.tokens.dtype)
+  return state._replace(
+    tokens=fit(state.tokens, tokens), cache=jax.tree.map(fit, state.cache, empty)
+  )
+
+
+def buckets(first: int, last: int) -> tuple[int, ...]:
+  """Powers of two from `first` (rounded up) on, and `last` in place of those above it."""
+  sizes = []
+  size = 1 << max(first - 1, 0).bit_length()
+  while size < last:
+    sizes.append(size)
+    size *= 2
+  return (*sizes, last)
+
+
 def generate(
   model: models.LanguageModel,
   params: models.Params,
@@ -200,26 +261,41 @@ def generate(
   max_new_tokens: int,
   transform: logits_lib.LogitsTransform | None = None,
   stop: Sequence[int] = (),
+  num_samples: int = 1,
+  bucket: int = 256,
 ) -> Samples:
   """Continues each prompt until a stop token or `max_new_tokens`; see `autoregressive`.
 
   The law of row b's new tokens is prod_t transform(p(x_t | x_<t)) exactly, and depends on its
-  prompt and keys[b] alone. Call it inside jit; it stops stepping when every row is done.
+  prompt and keys[b] alone. Call it inside jit; it stops stepping when every row is done. The cache
+  begins with `bucket` slots (or the prompts' width) and doubles when it is full, so attention reads
+  at most about twice what is written; each size is one more copy of the step to compile.
   """
+  width = prompts.tokens.shape[1]
+  sizes = buckets(max(bucket, width + 1), width + max_new_tokens)
   algorithm = base.recorded(
     autoregressive(
       model,
       params,
-      max_length=prompts.tokens.shape[1] + max_new_tokens,
+      max_length=sizes[-1],
       max_new_tokens=max_new_tokens,
       transform=transform,
       stop=stop,
+      num_samples=num_samples,
+      capacity=sizes[0],
     ),
     observe=lambda state, info: (info.log_prob, info.model_log_prob),
     capacity=max_new_tokens,
   )
-  state = base.start(keys, algorithm, prompts)
-  final, (log_prob, model_log_prob) = base.run_until(
-    keys, algorithm, state, lambda recorded: recorded.state.done, max_new_tokens
-  )
-  return Samples(final.tokens, final.length, final.prompt_length, log_prob, model_log_prob)
+  recorded = base.start(keys, algorithm, prompts)
+  for size in sizes:
+    state = resize(model, params, recorded.state, size)
+    recorded = base.run_until(
+      keys,
+      algorithm,
+      recorded._replace(state=state),
+      lambda recorded: recorded.state.done | is_cramped(recorded.state),
+      max_new_tokens,
+    )
+  state, (log_prob, model_log_prob) = recorded
+  return Samples(state.tokens, state.length, state.prompt_length, log_prob, model_log_prob)

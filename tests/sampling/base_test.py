@@ -115,10 +115,9 @@ def test_admitted_rows_draw_what_they_would_alone():
   keys, algorithm = row_keys(), walk()
   state = base.start(keys, algorithm, jnp.array([2, 6, 6]))
   state, _ = base.run(keys, algorithm, state, 3)
-  requests, rows = jnp.array([40, 0, 2]), jnp.array([True, False, False])
-  keys = row_keys(requests)
-  fresh = base.start(keys, algorithm, jnp.array([2, 1, 1]))
-  state = base.admit(state, fresh, rows)
+  keys = row_keys(jnp.array([40, 0, 2]))
+  fresh = base.start(row_keys(jnp.array([41, 40])), algorithm, jnp.array([1, 2]))
+  state = base.admit(state, fresh, jnp.array([3, 0]))  # there is no slot 3
   np.testing.assert_array_equal(state.step, [0, 3, 3])
   np.testing.assert_array_equal(state.limit, [2, 6, 6])
   assert int(state.start[0]) == expected_bits(5, 40, 2**32 - 1)
@@ -147,7 +146,7 @@ def test_recorded_files_by_the_rows_own_steps():
   assert np.all(state.record["bits"] == 0) and state.record["bits"].dtype == jnp.uint32
   state, _ = base.run(keys, algorithm, state, 3)
   keys = row_keys(jnp.array([40, 0, 2]))
-  state = base.admit(state, base.start(keys, algorithm, limit), jnp.array([True, False, False]))
+  state = base.admit(state, base.start(keys[:1], algorithm, limit[:1]), jnp.array([0]))
   final = base.run_until(keys, algorithm, state, lambda s: is_done(s.state), 10)
   expected = [
     [expected_bits(5, 40, i) for i in range(2)] + [0, 0],
