@@ -4,6 +4,7 @@
 #   make quickstart   train, sample, verify and report on the CPU: two to three minutes
 #   make test         ruff and the tests
 #   make test-peers   parity with other libraries (installs torch and transformers)
+#   make test-llamacpp   parity with llama.cpp (builds it from source: some 20 minutes)
 #   make benchmark    decoding speed against transformers
 
 PYTHON ?= python3
@@ -12,9 +13,9 @@ BIN := $(VENV)/bin
 WORKDIR ?= runs/quickstart
 PYTEST_FLAGS ?= -q -n 2
 
-.PHONY: quickstart test test-peers benchmark clean
+.PHONY: quickstart test test-peers test-llamacpp benchmark clean
 
-quickstart test test-peers: export JAX_PLATFORMS ?= cpu
+quickstart test test-peers test-llamacpp: export JAX_PLATFORMS ?= cpu
 
 quickstart: $(VENV)/installed
 	$(BIN)/python -m ancestral.launch.quickstart --workdir=$(WORKDIR)
@@ -22,10 +23,13 @@ quickstart: $(VENV)/installed
 test: $(VENV)/installed
 	$(BIN)/ruff check --quiet .
 	$(BIN)/ruff format --quiet --check .
-	$(BIN)/python -m pytest $(PYTEST_FLAGS) -m "not peers"
+	$(BIN)/python -m pytest $(PYTEST_FLAGS) -m "not peers and not llamacpp"
 
 test-peers: $(VENV)/installed-peers
 	$(BIN)/python -m pytest $(PYTEST_FLAGS) -m peers
+
+test-llamacpp: $(VENV)/installed-llamacpp
+	$(BIN)/python -m pytest $(PYTEST_FLAGS) -m llamacpp
 
 benchmark: $(VENV)/installed-peers
 	$(BIN)/python -m ancestral.benchmarks.decode_hf
@@ -38,6 +42,12 @@ $(VENV)/installed: setup.py pyproject.toml
 
 $(VENV)/installed-peers: $(VENV)/installed
 	$(BIN)/python -m pip install --quiet --editable '.[test,peers]'
+	touch $@
+
+# Only libllama is needed, for any machine: no server, no multimodal part, no tuning to this CPU.
+$(VENV)/installed-llamacpp: $(VENV)/installed
+	CMAKE_ARGS="-DLLAVA_BUILD=OFF -DLLAMA_CURL=OFF -DGGML_OPENMP=OFF -DGGML_NATIVE=OFF" \
+	  $(BIN)/python -m pip install --editable '.[test,llamacpp]'
 	touch $@
 
 clean:

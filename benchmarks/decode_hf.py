@@ -1,14 +1,16 @@
 """Decoding speed against transformers: same weights, same machine, same run, as ratios.
 
-  python -m ancestral.benchmarks.decode_hf            # 30M parameters, batch 1 and 16
+  python -m ancestral.benchmarks.decode_hf                                   # 30M, batch 1, 8, 64
+  python -m ancestral.benchmarks.decode_hf --model=1.5B --dtype=bfloat16     # for a GPU
   python -m ancestral.benchmarks.decode_hf --json=out.json
 
 Both draw at temperature 1 from the full vocabulary, from the same prompts, for a fixed number of
-new tokens. On CPU the peer is `generate` with its default cache; on a GPU also `generate` with its
-static cache, which it compiles. Repetitions alternate between the systems, and the best of each is
-reported, so a busy machine slows both. Float32 products are float32 in both (no TF32). The bound is
+new tokens. The peer is `generate` with its default (dynamic) cache, and with its static cache,
+which it compiles where it can. Repetitions alternate between the systems, and the best of each is
+reported, so a busy machine slows all. Float32 products are float32 in all (no TF32). The bound is
 the time to read every weight and the keys and values held, once a step, at the bandwidth that this
-run measures.
+run measures. The parts of a step are timed apart, each in a compiled loop: trunk, readout, draw,
+and a chain of filters (temperature, top-k, top-p), which the compared runs do not have.
 """
 
 import json
@@ -24,30 +26,40 @@ from absl import app, flags
 
 from ancestral.models import base, pretrained, transformer
 from ancestral.sampling import base as sampling
-from ancestral.sampling import decode
+from ancestral.sampling import decode, logits, truncation
 
 _NEW_TOKENS = flags.DEFINE_integer("new_tokens", 128, "Tokens drawn per row.")
 _PROMPT = flags.DEFINE_integer("prompt_length", 16, "Tokens of each prompt.")
-_BATCHES = flags.DEFINE_list("batches", ["1", "16"], "Batch sizes.")
+_BATCHES = flags.DEFINE_list("batches", ["1", "8", "64"], "Batch sizes.")
 _REPEATS = flags.DEFINE_integer("repeats", 5, "Timed repetitions of each system.")
 _DTYPE = flags.DEFINE_enum("dtype", "float32", ["float32", "bfloat16"], "Of weights and compute.")
-_JSON = flags.DEFINE_string("json", None, "File for the result table.")
+JSON = flags.DEFINE_string("json", None, "File for the result table.")
 
-CONFIG = {
-  "vocab_size": 8192,
-  "max_length": 1024,
-  "num_layers": 8,
-  "width": 512,
-  "num_heads": 8,
-  "mlp_width": 1376,
+MODELS = {
+  "30M": {
+    "vocab_size": 8192,
+    "max_length": 1024,
+    "num_layers": 8,
+    "width": 512,
+    "num_heads": 8,
+    "mlp_width": 1376,
+  },
+  "1.5B": {
+    "vocab_size": 151_936,
+    "max_length": 4096,
+    "num_layers": 28,
+    "width": 1536,
+    "num_heads": 12,
+    "num_kv_heads": 2,
+    "mlp_width": 8960,
+  },
 }
+_MODEL = flags.DEFINE_enum("model", "30M", list(MODELS), "Shape, with random weights.")
 
 
 def ours(config, params, tokens, new_tokens):
   """A function that decodes once, compiled with params as an argument."""
   model = transformer.transformer(config)
-  dtype = jnp.dtype(config.dtype)
-  params = transformer.unstack(jax.tree.map(lambda leaf: leaf.astype(dtype), params))
   lengths = jnp.full(tokens.shape[0], tokens.shape[1], jnp.int32)
   prompts = decode.Prompts(jnp.asarray(tokens), lengths)
   keys = sampling.row_keys(jax.random.key(0), jnp.arange(tokens.shape[0]))
@@ -70,7 +82,8 @@ def theirs(config, params, tokens, new_tokens, **kwargs):
       **pretrained.llama_config(config), bos_token_id=None, eos_token_id=None, pad_token_id=0
     )
   )
-  state = {k: torch.from_numpy(v) for k, v in pretrained.llama_state_dict(params).items()}
+  single = jax.tree.map(lambda leaf: leaf.astype(jnp.float32), params)
+  state = {k: torch.from_numpy(v) for k, v in pretrained.llama_state_dict(single).items()}
   model.load_state_dict(state)
   model = model.to(device, getattr(torch, config.dtype)).eval()
   inputs = torch.from_numpy(tokens.astype(np.int64)).to(device)
@@ -89,6 +102,15 @@ def theirs(config, params, tokens, new_tokens, **kwargs):
     return out.cpu()
 
   return sample, lambda: model(inputs).logits.detach().float().cpu().numpy()
+
+
+def everywhere_compiled():
+  """The peer's compilation of a static cache, which by itself happens on accelerators alone."""
+  import transformers
+
+  compile_config = transformers.CompileConfig()
+  compile_config._compile_all_devices = True
+  return compile_config
 
 
 def bandwidth() -> float:
@@ -118,20 +140,73 @@ def seconds(function) -> float:
   return time.perf_counter() - start
 
 
+def parts(config, params, batch_size) -> dict[str, float]:
+  """Seconds that each part of a step takes, half-way through the new tokens."""
+  model = transformer.transformer(config)
+  num_steps = 50
+  length = _PROMPT.value + _NEW_TOKENS.value
+  cache = model.init_cache(params, batch_size, length)
+  cache = cache._replace(length=jnp.full(batch_size, length - _NEW_TOKENS.value // 2, jnp.int32))
+  x = model.embed(params, jnp.ones((batch_size, 1), jnp.int32))
+  rows = model.readout(params, x[:, 0])
+  chain = logits.chain(logits.temperature(0.8), truncation.top_k(50), truncation.top_p(0.95))
+
+  def trunk(params, carry):
+    x, cache = carry
+    hidden, written = model.trunk(params, x, cache)
+    return hidden, written._replace(length=cache.length)
+
+  def readout(params, hidden):
+    largest = jnp.max(model.readout(params, hidden), axis=-1, keepdims=True)
+    return hidden + (1e-9 * largest).astype(hidden.dtype)
+
+  def draw(params, carry):
+    row_keys, rows = carry
+    token = logits.draw(row_keys, rows)
+    return jax.vmap(jax.random.fold_in)(row_keys, token), rows
+
+  def filters(params, rows):
+    return jnp.maximum(chain.apply(rows, None, ()), rows)
+
+  def per_step(part, carry):
+    loop = jax.jit(
+      lambda params, carry: jax.lax.fori_loop(0, num_steps, lambda i, c: part(params, c), carry)
+    )
+    run = lambda: jax.block_until_ready(loop(params, carry))
+    run()
+    return min(seconds(run) for _ in range(_REPEATS.value)) / num_steps
+
+  keys = sampling.row_keys(jax.random.key(0), jnp.arange(batch_size))
+  return {
+    "trunk": per_step(trunk, (x, cache)),
+    "readout": per_step(readout, x[:, 0]),
+    "draw": per_step(draw, (keys, rows)),
+    "filters": per_step(filters, rows),
+  }
+
+
 def compare(config, params, batch_size) -> dict:
   """One row of the table."""
   new_tokens = _NEW_TOKENS.value
   rng = np.random.default_rng(0)
   tokens = rng.integers(1, config.vocab_size, (batch_size, _PROMPT.value)).astype(np.int32)
-  generate, logits = theirs(config, params, tokens, new_tokens)
+  generate, theirs_logits = theirs(config, params, tokens, new_tokens)
   model = transformer.transformer(config)
   hidden, _ = base.apply(model, params, tokens)
-  difference = np.abs(model.readout(params, hidden) - logits()).max()
-  systems = {"ancestral": ours(config, params, tokens, new_tokens), "transformers": generate}
-  if jax.default_backend() == "gpu":
-    systems["transformers_static"], _ = theirs(
-      config, params, tokens, new_tokens, cache_implementation="static"
-    )
+  difference = np.abs(model.readout(params, hidden) - theirs_logits()).max()
+  static, _ = theirs(
+    config,
+    params,
+    tokens,
+    new_tokens,
+    cache_implementation="static",
+    compile_config=everywhere_compiled(),
+  )
+  systems = {
+    "ancestral": ours(config, params, tokens, new_tokens),
+    "transformers": generate,
+    "transformers_static": static,
+  }
   first = {name: seconds(run) for name, run in systems.items()}
   timed = {name: [] for name in systems}
   for _ in range(_REPEATS.value):
@@ -147,6 +222,8 @@ def compare(config, params, batch_size) -> dict:
     "ratio": {
       name: rates["ancestral"] / rate for name, rate in rates.items() if name != "ancestral"
     },
+    "step_seconds": min(timed["ancestral"]) / new_tokens,
+    "part_seconds": parts(config, params, batch_size),
   }
   return row
 
@@ -157,12 +234,15 @@ def main(_):
   import transformers
 
   jax.config.update("jax_default_matmul_precision", "highest")
-  config = transformer.TransformerConfig(**CONFIG, dtype=_DTYPE.value)
+  config = transformer.TransformerConfig(**MODELS[_MODEL.value], dtype=_DTYPE.value)
   params = transformer.transformer(config).init(jax.random.key(0), jnp.zeros((1, 1), jnp.int32))
+  dtype = jnp.dtype(config.dtype)
+  params = transformer.unstack(jax.tree.map(lambda leaf: leaf.astype(dtype), params))
   count = sum(leaf.size for leaf in jax.tree.leaves(params))
   bytes_per_second = bandwidth()
   read = count * jnp.dtype(config.dtype).itemsize
-  held = (_PROMPT.value + _NEW_TOKENS.value / 2) * 2 * config.num_layers * config.width
+  held = (_PROMPT.value + _NEW_TOKENS.value / 2) * 2 * config.num_layers
+  held *= config.resolved().num_kv_heads * config.resolved().head_dim
   held *= jnp.dtype(config.dtype).itemsize  # bytes of a row's cache, half-way through
   print(
     f"{count / 1e6:.1f}M parameters, {config.dtype}; memory {bytes_per_second / 1e9:.1f} GB/s: "
@@ -180,10 +260,13 @@ def main(_):
       f"batch {batch_size}: {rates} tokens/s; {ratios}; bound {bound:.0f}; logits differ by up to "
       f"{row['logits_max_abs_difference']:.1e}"
     )
-  if _JSON.value:
+    ms = ", ".join(f"{name} {1e3 * t:.2f}" for name, t in row["part_seconds"].items())
+    print(f"  a step takes {1e3 * row['step_seconds']:.2f} ms; alone, {ms}")
+  if JSON.value:
     result = {
       "date": time.strftime("%Y-%m-%d"),
       "machine": processor(),
+      "model": _MODEL.value,
       "dtype": config.dtype,
       "parameters": count,
       "new_tokens": _NEW_TOKENS.value,
@@ -195,7 +278,7 @@ def main(_):
       },
       "rows": rows,
     }
-    with open(_JSON.value, "w") as file:
+    with open(JSON.value, "w") as file:
       json.dump(result, file, indent=1)
 
 

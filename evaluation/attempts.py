@@ -68,21 +68,21 @@ def respond(
     rows = jax.tree.map(lambda leaf, batch=batch: leaf[batch // num_samples], prompts)
     drawn.append(sample(keys, rows))  # all are dispatched before the first is waited for
   responses = [
-    _response(tokenizer, samples, row)
+    response(tokenizer, tokens[prompt_length:length].tolist(), float(log_prob.sum()))
     for samples in map(jax.device_get, drawn)
-    for row in range(batch_size)
+    for tokens, length, prompt_length, log_prob, _ in zip(*samples, strict=True)
   ]
   return [responses[i * num_samples : (i + 1) * num_samples] for i in range(len(texts))]
 
 
-def _response(tokenizer, samples, row) -> Response:
-  drawn = samples.tokens[row, samples.prompt_length[row] : samples.length[row]].tolist()
+def response(tokenizer: tokenizers.Tokenizer, drawn: Sequence[int], log_prob: float) -> Response:
+  """What the tokens drawn say, and whether they ended as they should."""
   fault = ""
   if tokenizer.eos not in drawn:
     fault = f"did not end within {len(drawn)} tokens"
   elif {tokenizer.pad, tokenizer.bos} - {tokenizer.eos} & set(drawn):
     fault = "holds a padding or beginning-of-sequence token"
-  return Response(tokenizer.decode(drawn), fault, float(samples.log_prob[row].sum()))
+  return Response(tokenizer.decode(drawn), fault, log_prob)
 
 
 def attempt(

@@ -16,7 +16,7 @@ import optax
 from ..evaluation import attempts
 from ..models import base as models
 from ..models import transformer
-from ..sampling import decode, logits, truncation
+from ..sampling import decode, logits
 from ..tasks import arithmetic, expressions
 from ..tasks import base as tasks
 from ..tasks import tokenizer as tokenizers
@@ -268,17 +268,8 @@ def to_json(config: Config) -> dict[str, Any]:
   return json.loads(config.to_json())
 
 
-def sampler(experiment: Experiment, *, max_new_tokens: int, top_k: int | None = None):
-  """A jitted (params, settings, keys, prompts) -> Samples; settings are `temperature` and `top_p`.
-
-  Args:
-    experiment: whose model and end-of-sequence token.
-    max_new_tokens: the most drawn.
-    top_k: None keeps the whole vocabulary.
-
-  Raises:
-    ValueError: that many tokens leave no room for a prompt.
-  """
+def check_new_tokens(experiment: Experiment, max_new_tokens: int) -> None:
+  """Raises where that many drawn tokens leave no room for a prompt."""
   max_length = experiment.model_config.max_length
   if max_new_tokens >= max_length:
     raise ValueError(
@@ -286,19 +277,28 @@ def sampler(experiment: Experiment, *, max_new_tokens: int, top_k: int | None = 
       f"of {max_length} tokens (config.data.row_length): lower it."
     )
 
+
+def sampler(experiment: Experiment, *, max_new_tokens: int):
+  """A jitted (params, temperature, keys, prompts) -> Samples.
+
+  Args:
+    experiment: whose model and end-of-sequence token.
+    max_new_tokens: the most drawn.
+
+  Raises:
+    ValueError: that many tokens leave no room for a prompt.
+  """
+  check_new_tokens(experiment, max_new_tokens)
+
   @jax.jit
-  def sample(params, settings, keys, prompts):
-    transforms = [logits.temperature(settings["temperature"])]
-    if top_k is not None:
-      transforms.append(truncation.top_k(top_k))
-    transforms.append(truncation.top_p(settings["top_p"]))
+  def sample(params, temperature, keys, prompts):
     return decode.generate(
       experiment.model,
       params,
       keys,
       prompts,
       max_new_tokens=max_new_tokens,
-      transform=logits.chain(*transforms),
+      transform=logits.temperature(temperature),
       stop=(experiment.tokenizer.eos,),
     )
 
@@ -345,11 +345,10 @@ def verified(experiment: Experiment, *, num_samples: int):
   problems = held_out_problems(experiment, c.num_problems)
   _check_room(experiment, problems)
   sample = sampler(experiment, max_new_tokens=c.max_new_tokens)
-  settings = {"temperature": c.temperature, "top_p": 1.0}
 
   def attempt(params, key):
     return attempts.attempt(
-      functools.partial(sample, params, settings),
+      functools.partial(sample, params, c.temperature),
       experiment.task,
       problems,
       key,

@@ -2,107 +2,316 @@
 
   python -m ancestral.launch.sample --workdir=runs/arithmetic --prompt=12+345= --num_samples=4
   python -m ancestral.launch.sample --workdir=runs/arithmetic --num_problems=5
-  python -m ancestral.launch.sample --workdir=runs/text --prompt="def " --max_new_tokens=200
+  python -m ancestral.launch.sample --workdir=runs/text --prompts=prompts.txt --output=out.jsonl
+  generate_prompts | python -m ancestral.launch.sample --workdir=runs/text --prompts=-
 
 Prompts are continued as they are; --num_problems asks held-out problems instead, and says what the
-verifier says. With --output, one JSON object a sample is written there.
+verifier says. A file of prompts has one a line; if it is named .jsonl, a line is an object of
+`prompt` and, where they differ from the flags, `max_new_tokens`, `seed`, `stop` (texts) and
+`settings` (numbers). How tokens are drawn is said by --preset and its settings (`decoding`).
+
+With --output, each sample is written there as soon as it is finished, one JSON object a line:
+index, prompt, text (without the stop text), tokens, log_prob and model_log_prob of each token,
+stop_reason ("stop", an end token; "ending", a stop text; "length"), and what it was drawn with. An
+interrupted command goes on with --resume.
 """
 
-import functools
+import contextlib
 import json
 import pathlib
-from collections.abc import Sequence
+import sys
+import types
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from typing import Any, NamedTuple
 
 import jax
 import rich.console
+import rich.progress
 import rich.text
 from absl import flags as absl_flags
 
 from ..evaluation import attempts
+from ..sampling import serve
+from . import decoding, flags
 from . import experiment as experiment_lib
-from . import flags
 
 READS = (flags.CONFIG, flags.WORKDIR, flags.LAST, flags.STEP, flags.BEST)
 _PROMPT = absl_flags.DEFINE_multi_string("prompt", [], "Text to continue; may be repeated.")
+_PROMPTS = absl_flags.DEFINE_string("prompts", None, "File of prompts; - is the standard input.")
 _NUM_PROBLEMS = absl_flags.DEFINE_integer(
   "num_problems", 0, "Held-out problems to answer.", lower_bound=0
 )
 _NUM_SAMPLES = absl_flags.DEFINE_integer(
   "num_samples", 1, "Samples for each prompt.", lower_bound=1
 )
-_TEMPERATURE = absl_flags.DEFINE_float("temperature", 1.0, "0 is greedy.", lower_bound=0.0)
-_TOP_K = absl_flags.DEFINE_integer("top_k", None, "Keep the k likeliest tokens.", lower_bound=1)
-_TOP_P = absl_flags.DEFINE_float(
-  "top_p", 1.0, "Keep the nucleus of this mass.", lower_bound=0.0, upper_bound=1.0
-)
 _MAX_NEW_TOKENS = absl_flags.DEFINE_integer(
   "max_new_tokens", None, "The configuration's if unset.", lower_bound=1
 )
+_STOP = absl_flags.DEFINE_multi_string("stop", [], "Text that ends a sample; may be repeated.")
 _SEED = absl_flags.DEFINE_integer("seed", 0, "Of the draws.")
 _OUTPUT = absl_flags.DEFINE_string("output", None, "JSONL file for the samples.")
+_RESUME = absl_flags.DEFINE_bool("resume", False, "Go on with an --output that was interrupted.")
 
 
-def _drawing(experiment, params) -> dict:
-  """The arguments that `respond` and `attempt` share."""
-  config = experiment.config.evaluation
-  max_new_tokens = _MAX_NEW_TOKENS.value or config.max_new_tokens
-  sample = experiment_lib.sampler(experiment, max_new_tokens=max_new_tokens, top_k=_TOP_K.value)
-  settings = {"temperature": _TEMPERATURE.value, "top_p": _TOP_P.value}
-  rows = max(len(_PROMPT.value), _NUM_PROBLEMS.value) * _NUM_SAMPLES.value
-  return {
-    "sample": functools.partial(sample, params, settings),
-    "key": jax.random.key(_SEED.value),
-    "num_samples": _NUM_SAMPLES.value,
-    "batch_size": min(rows, config.batch_size),
-    "max_length": experiment.model_config.max_length,
-    "max_new_tokens": max_new_tokens,
-  }
+class Ask(NamedTuple):
+  """A sample to draw."""
+
+  request: serve.Request
+  record: dict[str, Any]  # what is known of it beforehand, and written with it
+  stop: tuple[str, ...]
+  judge: Callable[[attempts.Response], dict[str, Any]]  # what a verifier adds to the record
 
 
-def draw(experiment, params) -> list[dict]:
-  """One record a sample."""
-  drawing = _drawing(experiment, params)
-  if not _NUM_PROBLEMS.value:
-    responses = attempts.respond(tokenizer=experiment.tokenizer, texts=_PROMPT.value, **drawing)
-    return [
-      {"prompt": prompt, **response._asdict()}
-      for prompt, row in zip(_PROMPT.value, responses, strict=True)
-      for response in row
-    ]
+class Line(NamedTuple):
+  """A prompt and what its line sets."""
+
+  prompt: str
+  max_new_tokens: int
+  seed: int | None = None
+  stop: Sequence[str] = ()
+  settings: Mapping[str, float] = types.MappingProxyType({})
+
+
+def _lines(max_new_tokens: int) -> list[Line]:
+  """The prompts of the flags.
+
+  Raises:
+    ValueError, OSError: a file of prompts cannot be read as one.
+  """
+  line = Line("", max_new_tokens, stop=_STOP.value)
+  if _PROMPTS.value is None:
+    return [line._replace(prompt=prompt) for prompt in _PROMPT.value]
+  path = _PROMPTS.value
+  text = sys.stdin.read() if path == "-" else pathlib.Path(path).read_text()
+  if not path.endswith(".jsonl"):
+    return [line._replace(prompt=prompt) for prompt in text.splitlines()]
+  lines = []
+  for number, row in enumerate(text.splitlines(), 1):
+    try:
+      lines.append(line._replace(**json.loads(row)))
+      _check_kinds(lines[-1])
+    except (ValueError, TypeError) as error:
+      raise ValueError(
+        f"{path}, line {number}: {error}; a line is an object of {', '.join(Line._fields)}."
+      ) from None
+  return lines
+
+
+def _check_kinds(line: Line) -> None:
+  kinds = Line(str, int, int | None, list, Mapping)
+  for name, value, kind in zip(Line._fields, line, kinds, strict=True):
+    if not isinstance(value, kind):
+      raise ValueError(f"{name} is {value!r}, of another type than it should be")
+
+
+def asks_of(experiment, drawn: decoding.Decoding, step: int) -> list[Ask]:
+  """Every sample to draw; sample j of prompt i has, unless its line says, seed i * n + j."""
+  max_new_tokens = _MAX_NEW_TOKENS.value or experiment.config.evaluation.max_new_tokens
+  experiment_lib.check_new_tokens(experiment, max_new_tokens)
+  judges = []
+  if _NUM_PROBLEMS.value:
+    problems = _problems(experiment)
+    lines = [Line(problem.prompt, max_new_tokens) for problem in problems]
+    judges = [_verifier(experiment.task, problem) for problem in problems]
+  else:
+    lines = _lines(max_new_tokens)
+    if not lines:
+      raise ValueError(f"--prompts={_PROMPTS.value} holds no prompt.")
+    judges = [lambda response: {}] * len(lines)
+  tokenizer, n = experiment.tokenizer, _NUM_SAMPLES.value
+  asks = []
+  for i, (line, judge) in enumerate(zip(lines, judges, strict=True)):
+    prompt = [tokenizer.bos, *tokenizer.encode(line.prompt)]
+    ending = {"ending": serve.stop_strings(tokenizer.decode, line.stop)} if line.stop else {}
+    for j in range(n):
+      seed = (i * n if line.seed is None else line.seed) + j
+      request = serve.Request(prompt, line.max_new_tokens, seed, line.settings, **ending)
+      record = {
+        "index": i * n + j,
+        "prompt": line.prompt,
+        "seed": seed,
+        "run_seed": _SEED.value,
+        "step": step,
+        "max_new_tokens": line.max_new_tokens,
+        "stop": list(line.stop),
+        "settings": {**drawn.fixed, **drawn.settings, **line.settings},
+      }
+      asks.append(Ask(request, record, tuple(line.stop), judge))
+  return asks
+
+
+def _problems(experiment) -> list:
   if experiment.task is None:
     raise ValueError("--num_problems needs a task, and this run's data are text: give --prompt.")
   per_level = -(-_NUM_PROBLEMS.value // len(experiment.config.task.levels))
-  problems = experiment_lib.held_out_problems(experiment, per_level)[-_NUM_PROBLEMS.value :]
-  made = attempts.attempt(task=experiment.task, problems=problems, **drawing)
-  return [
-    {"prompt": a.problem.prompt, "text": text, "correct": verdict.correct, "reason": verdict.reason}
-    for a in made
-    for text, verdict in zip(a.responses, a.verdicts, strict=True)
-  ]
+  return experiment_lib.held_out_problems(experiment, per_level)[-_NUM_PROBLEMS.value :]
+
+
+def _verifier(task, problem):
+  def judge(response):
+    (verdict,) = attempts.judge(task, problem, [response]).verdicts
+    return verdict._asdict()
+
+  return judge
+
+
+def _record(ask: Ask, result: serve.Result, tokenizer) -> dict[str, Any]:
+  """The line of a sample."""
+  text = tokenizer.decode(result.tokens)
+  ends = [at for stop in ask.stop if (at := text.find(stop)) >= 0]
+  response = attempts.response(tokenizer, result.tokens, float(result.log_prob.sum()))
+  return {
+    **ask.record,
+    "text": text[: min(ends)] if ends else text,
+    "stop_reason": result.reason,
+    **ask.judge(response),
+    "tokens": result.tokens,
+    "log_prob": result.log_prob.tolist(),
+    "model_log_prob": result.model_log_prob.tolist(),
+  }
+
+
+def _finished(path: pathlib.Path, asks: Sequence[Ask]) -> set[int]:
+  """The samples that an interrupted output holds; a line cut short is taken out of it.
+
+  Raises:
+    ValueError: it is of other samples than those asked for.
+  """
+  whole, _, _ = path.read_bytes().rpartition(b"\n")
+  records = [json.loads(line) for line in whole.splitlines()]
+  for record in records:
+    index = record.get("index")
+    expected = asks[index].record if index in range(len(asks)) else {"index": "none"}
+    for name, value in expected.items():
+      if record.get(name) != value:
+        raise ValueError(
+          f"--resume: {path} has {name} {record.get(name)!r} where this command would have "
+          f"{value!r}, in sample {index}: give its own flags, or another --output."
+        )
+  with open(path, "r+b") as file:
+    file.truncate(len(whole) + bool(whole))
+  return {record["index"] for record in records}
+
+
+@contextlib.contextmanager
+def _progress(total: int, done: int) -> Iterator[Callable[[serve.Progress], None]]:
+  """A bar of samples with tokens per second, where somebody looks at the standard error."""
+  console = rich.console.Console(stderr=True)
+  columns = (
+    *rich.progress.Progress.get_default_columns(),
+    rich.progress.MofNCompleteColumn(),
+    rich.progress.TextColumn("{task.fields[rate]:.0f} tokens/s"),
+  )
+  with rich.progress.Progress(*columns, console=console, disable=not console.is_terminal) as bar:
+    task = bar.add_task("samples", total=total, completed=done, rate=0.0)
+    drawn = 0
+
+    def update(progress):
+      nonlocal drawn
+      drawn += sum(map(len, progress.drawn.values()))
+      elapsed = bar.tasks[task].elapsed or 1
+      bar.update(task, completed=done + progress.num_finished, rate=drawn / elapsed)
+
+    yield update
+
+
+def _show(console: rich.console.Console, record: dict[str, Any]) -> None:
+  line = rich.text.Text(record["prompt"]).append(record["text"], "bold")
+  if "correct" in record:
+    reason, colour = ("correct", "green") if record["correct"] else (record["reason"], "red")
+    line.append(f"  {reason}", colour)
+  elif record["stop_reason"] == "length":
+    line.append("  (cut)", "dim")
+  console.print(line, soft_wrap=True)
+
+
+def draw(
+  experiment: experiment_lib.Experiment,
+  params,
+  asks: Sequence[Ask],
+  drawn: decoding.Decoding,
+  on_chunk: Callable[[serve.Progress], None],
+) -> Iterator[dict[str, Any]]:
+  """The record of each sample, in the order of finishing.
+
+  Raises:
+    ValueError: before anything is drawn, a prompt or a setting is not right.
+  """
+  run = serve.server(
+    experiment.model,
+    drawn.transform,
+    settings=drawn.settings,
+    rows=min(len(asks), experiment.config.evaluation.batch_size) or 1,
+    vocab_size=experiment.tokenizer.vocab_size,
+    max_length=experiment.model_config.max_length,
+    stop=(experiment.tokenizer.eos,),
+  )
+  key = jax.random.key(_SEED.value)
+  results = run(params, key, [ask.request for ask in asks], on_chunk)
+  return (_record(asks[result.index], result, experiment.tokenizer) for result in results)
+
+
+def _prepare():
+  """What main needs, from the flags.
+
+  Raises:
+    ValueError, OSError: the flags do not go together, or what they name is not there.
+  """
+  wanted = flags.checkpoint()
+  if sum(map(bool, (_PROMPT.value, _PROMPTS.value, _NUM_PROBLEMS.value))) != 1:
+    raise ValueError("Give either --prompt=TEXT, --prompts=FILE or --num_problems=N.")
+  output = pathlib.Path(_OUTPUT.value) if _OUTPUT.value else None
+  if output and not output.parent.is_dir():
+    raise FileNotFoundError(f"--output={output}: there is no such directory, make it.")
+  if output and output.exists() and not _RESUME.value:
+    raise ValueError(f"--output={output} exists: give --resume to go on with it, or another name.")
+  if _RESUME.value and not output:
+    raise ValueError("--resume goes on with an --output: name it.")
+  experiment, params, step = experiment_lib.restore_params(**wanted)
+  drawn = decoding.from_flags(experiment.tokenizer)
+  asks = asks_of(experiment, drawn, step)
+  done = _finished(output, asks) if output and output.exists() else set()
+  return experiment, params, drawn, asks, done, output
+
+
+def _write(records: Iterator[dict[str, Any]], output: pathlib.Path) -> None:
+  """Appends each record as it comes, so that whatever happens to the next, it is there."""
+  with open(output, "a") as file:
+    for record in records:
+      file.write(json.dumps(record) + "\n")
+      file.flush()
+
+
+def _print(records: Iterator[dict[str, Any]], console: rich.console.Console) -> None:
+  """Shows the samples in their order, each as soon as those before it are there."""
+  waiting, shown = {}, 0
+  for record in records:
+    waiting[record["index"]] = record
+    while shown in waiting:
+      _show(console, waiting.pop(shown))
+      shown += 1
 
 
 def main(_: Sequence[str]) -> None:
   """Samples from the checkpoint of --workdir."""
-  with flags.one_line_errors():
-    wanted = flags.checkpoint()
-    if bool(_PROMPT.value) == bool(_NUM_PROBLEMS.value):
-      raise ValueError("Give either --prompt=TEXT or --num_problems=N.")
-    if _OUTPUT.value and not pathlib.Path(_OUTPUT.value).parent.is_dir():
-      raise FileNotFoundError(f"--output={_OUTPUT.value}: there is no such directory, make it.")
-    experiment, params, step = experiment_lib.restore_params(**wanted)
-    records = draw(experiment, params)
   console = rich.console.Console(highlight=False, emoji=False)
-  for record in records:
-    line = rich.text.Text(record["prompt"]).append(record["text"], "bold")
-    if "correct" in record:
-      reason, colour = ("correct", "green") if record["correct"] else (record["reason"], "red")
-      line.append(f"  {reason}", colour)
-    elif record["fault"]:
-      line.append(f"  ({record['fault']})", "dim")
-    console.print(line, soft_wrap=True)
-  if _OUTPUT.value:
-    with open(_OUTPUT.value, "w") as file:
-      file.writelines(json.dumps({"step": step, **record}) + "\n" for record in records)
+  with contextlib.ExitStack() as stack:
+    with flags.one_line_errors():
+      experiment, params, drawn, asks, done, output = _prepare()
+      left = [ask for ask in asks if ask.record["index"] not in done]
+      on_chunk = stack.enter_context(_progress(len(asks), len(done)))
+      records = draw(experiment, params, left, drawn, on_chunk)
+    try:
+      if output is None:
+        _print(records, console)
+      else:
+        _write(records, output)
+    except KeyboardInterrupt:
+      hint = f"; --resume goes on with {output}." if output else "."
+      print(f"interrupted{hint}", file=sys.stderr)
+      sys.exit(130)
+  if output:
+    console.print(f"{len(asks)} samples in {output}", soft_wrap=True)
 
 
 if __name__ == "__main__":

@@ -62,6 +62,28 @@ class Samples(NamedTuple):
   model_log_prob: jax.Array  # [B, N], under the model's own law
 
 
+def check_prompt(
+  row: int, prompt: Sequence[int], *, vocab_size: int, max_length: int, max_new_tokens: int
+) -> None:
+  """Refuses prompt number `row` if it is empty or too long, or has a token that is none.
+
+  Raises:
+    ValueError: says what is wrong with it.
+  """
+  room = max_length - max_new_tokens
+  if not 1 <= len(prompt) <= room:
+    raise ValueError(
+      f"Prompt {row} has {len(prompt)} tokens; it must have 1 to {room}: a sequence of at most "
+      f"{max_length}, of which {max_new_tokens} are kept for new tokens."
+    )
+  outside = [token for token in prompt if not 0 <= token < vocab_size]
+  if outside:
+    raise ValueError(
+      f"Prompt {row} has token {outside[0]}, outside the vocabulary of "
+      f"{vocab_size} (0 to {vocab_size - 1}): is it another model's tokenizer?"
+    )
+
+
 def pad_prompts(
   prompts: Sequence[Sequence[int]], *, vocab_size: int, max_length: int, max_new_tokens: int = 0
 ) -> Prompts:
@@ -80,21 +102,12 @@ def pad_prompts(
   """
   if len(prompts) == 0:
     raise ValueError("There are no prompts: give at least one.")
-  room = max_length - max_new_tokens
   for row, prompt in enumerate(prompts):
-    if not 1 <= len(prompt) <= room:
-      raise ValueError(
-        f"Prompt {row} has {len(prompt)} tokens; it must have 1 to {room}: a sequence of at most "
-        f"{max_length}, of which {max_new_tokens} are kept for new tokens."
-      )
-    outside = [token for token in prompt if not 0 <= token < vocab_size]
-    if outside:
-      raise ValueError(
-        f"Prompt {row} has token {outside[0]}, outside the vocabulary of "
-        f"{vocab_size} (0 to {vocab_size - 1}): is it another model's tokenizer?"
-      )
+    check_prompt(
+      row, prompt, vocab_size=vocab_size, max_length=max_length, max_new_tokens=max_new_tokens
+    )
   lengths = np.array([len(prompt) for prompt in prompts], np.int32)
-  bucket = min(1 << int(lengths.max() - 1).bit_length(), room)
+  bucket = min(1 << int(lengths.max() - 1).bit_length(), max_length - max_new_tokens)
   tokens = np.zeros((len(prompts), bucket), np.int32)
   for row, prompt in enumerate(prompts):
     tokens[row, : len(prompt)] = prompt

@@ -102,13 +102,49 @@ def temperature(value: float | jax.Array) -> LogitsTransform:
   """
   require("temperature", value, lambda t: t >= 0, "at least 0")
 
+  return stateless(lambda logits: _temper(logits, per_row(value)))
+
+
+def _temper(logits, t):
+  t = t.astype(logits.dtype)
+  # At T = 1e-30 the law is greedy's already, and the quotient does not overflow yet.
+  positive = jnp.where(t > 0, jnp.maximum(t, 1e-30), 1)
+  return jnp.where(t > 0, logits / positive, _argmax_only(logits))
+
+
+def dynamic_temperature(
+  value: float | jax.Array, spread: float | jax.Array, exponent: float | jax.Array = 1.0
+) -> LogitsTransform:
+  """A temperature that grows with the entropy of the law: low where it is sure of itself.
+
+  T = T_0 + (T_1 - T_0) (H / H_max)^exponent, from T_0 = max(value - spread, 0) to
+  T_1 = value + spread, where H_max is the log of the number of finite logits: as llama.cpp has it,
+  so a truncation before it raises T.
+
+  Args:
+    value: at least 0, scalar or [B].
+    spread: at least 0, scalar or [B]; 0 is `temperature(value)`.
+    exponent: at least 0, scalar or [B].
+
+  Reference: llama.cpp, llama_sampler_temp_ext.
+  """
+  for name, number in (("value", value), ("spread", spread), ("exponent", exponent)):
+    require(f"dynamic_temperature {name}", number, lambda number: number >= 0, "at least 0")
+
   def apply(logits):
-    t = per_row(value).astype(logits.dtype)
-    # At T = 1e-30 the law is greedy's already, and the quotient does not overflow yet.
-    positive = jnp.where(t > 0, jnp.maximum(t, 1e-30), 1)
-    return jnp.where(t > 0, logits / positive, _argmax_only(logits))
+    low = jnp.maximum(per_row(value) - per_row(spread), 0)
+    high = per_row(value) + per_row(spread)
+    most = jnp.log(jnp.sum(logits > -jnp.inf, axis=-1, keepdims=True))
+    share = jnp.clip(entropy(logits) / jnp.where(most > 0, most, 1), 0, 1)
+    return _temper(logits, low + (high - low) * share ** per_row(exponent))
 
   return stateless(apply)
+
+
+def entropy(logits: jax.Array) -> jax.Array:
+  """-sum p log p of logits [B, V], in nats, [B, 1]; what is filtered counts for 0."""
+  log_p = jax.nn.log_softmax(logits, axis=-1)
+  return -jnp.sum(jnp.where(log_p > -jnp.inf, jnp.exp(log_p) * log_p, 0), axis=-1, keepdims=True)
 
 
 def draw(keys: jax.Array, logits: jax.Array) -> jax.Array:

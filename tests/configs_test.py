@@ -12,7 +12,8 @@ import numpy as np
 import pytest
 
 from ancestral.configs import arithmetic, text
-from ancestral.launch import evaluate, experiment, sample, train
+from ancestral.launch import decoding, evaluate, experiment, sample, train
+from ancestral.sampling import logits
 from ancestral.training import data, step
 
 VARIANTS = [("arithmetic", name) for name in arithmetic.VARIANTS] + [
@@ -187,18 +188,19 @@ def test_every_field_is_read_by_something(module, variant, tmp_path, monkeypatch
     assert evaluate.record(attempts)["table"]
   else:
     assert experiment.held_out_loss(built)(params) > 0
-    monkeypatch.setattr(sample, "_PROMPT", Flag(["a"]))
     for name, value in {
+      "_PROMPT": ["a"],
+      "_PROMPTS": None,
       "_NUM_PROBLEMS": 0,
       "_NUM_SAMPLES": 1,
-      "_TEMPERATURE": 1.0,
-      "_TOP_K": None,
-      "_TOP_P": 1.0,
       "_MAX_NEW_TOKENS": None,
+      "_STOP": [],
       "_SEED": 0,
     }.items():
       monkeypatch.setattr(sample, name, Flag(value))
-    assert len(sample.draw(built, params)) == 1
+    plain = decoding.Decoding(lambda settings: logits.chain(), {}, {})
+    asks = sample.asks_of(built, plain, 0)
+    assert len(list(sample.draw(built, params, asks, plain, lambda progress: None))) == 1
     expected -= {"tokenizer.path"}  # read where the tokenizer is a file: launch/bad_input_test.py
   assert expected - reads.found == set()
 
@@ -238,9 +240,7 @@ def test_training_and_sampling_lower_for(platform, variant):
   )
   keys = jax.eval_shape(lambda: jax.random.split(jax.random.key(0), 4))
   params = jax.eval_shape(experiment.transformer.unstack, state.params)
-  draw = experiment.sampler(built, max_new_tokens=c.evaluation.max_new_tokens, top_k=4)
+  draw = experiment.sampler(built, max_new_tokens=c.evaluation.max_new_tokens)
   number = jax.ShapeDtypeStruct((), jnp.float32)
-  lowered = draw.trace(params, {"temperature": number, "top_p": number}, keys, prompts).lower(
-    lowering_platforms=(platform,)
-  )
+  lowered = draw.trace(params, number, keys, prompts).lower(lowering_platforms=(platform,))
   assert "stablehlo.while" in lowered.as_text()

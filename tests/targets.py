@@ -91,10 +91,35 @@ def top_k_set(row: np.ndarray, k: int) -> set[int]:
   return {i for i, value in enumerate(row) if sum(other > value for other in row) < k}
 
 
+def descending(scores: np.ndarray) -> list[int]:
+  """The tokens by falling score, of equals lowest index first."""
+  return sorted(range(len(scores)), key=lambda i: (-scores[i], i))
+
+
 def top_p_set(row: np.ndarray, p: float) -> set[int]:
-  """The tokens whose strict betters have less than p together."""
-  probability = softmax(row)
-  return {i for i, value in enumerate(row) if p >= 1 or probability[row > value].sum() < p}
+  """The tokens, likeliest first, until their probability reaches p."""
+  probability, kept, mass = softmax(row), set(), 0.0
+  for i in descending(row):
+    if mass >= p and p < 1:
+      break
+    kept.add(i)
+    mass += probability[i]
+  return kept
+
+
+def entropy(p: np.ndarray) -> float:
+  """In nats, of a law [V]."""
+  p = np.asarray(p, np.float64)
+  return float(-np.sum(p[p > 0] * np.log(p[p > 0])))
+
+
+def top_h_set(row: np.ndarray, alpha: float) -> set[int]:
+  """The longest prefix, likeliest first, whose renormalised law has H <= alpha H(p)."""
+  p, order = softmax(row), descending(row)
+  share = lambda n: p[order[:n]] / p[order[:n]].sum()
+  bound = alpha * entropy(p) * (1 + 1e-7)
+  fits = [n for n in range(1, sum(p > 0) + 1) if n == 1 or entropy(share(n)) <= bound]
+  return set(order[: max(fits)])
 
 
 def total_variation(counts: np.ndarray, law: np.ndarray) -> float:

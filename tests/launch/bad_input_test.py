@@ -14,15 +14,6 @@ def folder(tmp_path_factory):
   return tmp_path_factory.mktemp("bad_input")
 
 
-@pytest.fixture
-def trained(command, tiny, folder):
-  """A workdir with a run of 4 steps, made once."""
-  workdir = folder / "trained"
-  if not workdir.exists():
-    assert command(train, f"--workdir={workdir}", *tiny()).status == 0
-  return workdir
-
-
 def check(outcome, *words):
   assert outcome.status == 2, outcome
   assert outcome.err.startswith("error: ") and outcome.err.count("\n") == 1, outcome.err
@@ -175,22 +166,53 @@ def test_a_checkpoint_to_evaluate(command, trained, snapshot, arguments, words):
 @pytest.mark.parametrize(
   "arguments, words",
   [
-    ([], ("either --prompt=TEXT or --num_problems=N",)),
-    (["--prompt=1+1=", "--num_problems=2"], ("either --prompt=TEXT or --num_problems=N",)),
+    ([], ("either --prompt=TEXT, --prompts=FILE or --num_problems=N",)),
+    (["--prompt=1+1=", "--num_problems=2"], ("either --prompt=TEXT",)),
     (["--prompt=1x1="], ("'x'", "position 1", "alphabet")),
-    (["--prompt=1234567890+1="], ("Prompt 0", "14 tokens", "1 to 9")),
+    (["--prompt=1234567890+1="], ("Prompt 0", "14 tokens", "1 to 13")),
     (["--prompt=1+1=", "--max_new_tokens=100"], ("max_new_tokens=100", "14 tokens", "lower it")),
     (["--prompt=1+1=", "--num_samples=0"], ("--num_samples=0",)),
-    (["--prompt=1+1=", "--temperature=-1"], ("--temperature=-1",)),
+    (["--prompt=1+1=", "--temperature=-1"], ("temperature(-1.0)", "at least 0")),
+    (["--prompt=1+1=", "--temperature=hot"], ("--temperature=hot", "not JSON")),
+    (["--prompt=1+1=", "--top_p=[1]"], ("--top_p=[1]", "not a number")),
+    (["--prompt=1+1=", "--temp=1"], ("--temp is no setting of --preset=transformers", "top_p")),
+    (["--prompt=1+1=", "--preset=llamacp"], ("--preset=llamacp", "llamacpp")),
     (["--num_problems=-1"], ("--num_problems=-1",)),
     (["--prompt=1+1=", "--step=3"], ("no checkpoint of step 3",)),
     (["--prompt=1+1=", "--output=absent/x.jsonl"], ("--output=absent/x.jsonl", "make it")),
+    (["--prompt=1+1=", "--resume"], ("--resume", "--output")),
+    (["--prompts=absent.txt"], ("absent.txt",)),
   ],
 )
 def test_a_sample(command, trained, snapshot, arguments, words):
   before = snapshot(trained)
   check(command(sample, f"--workdir={trained}", *arguments), *words)
   assert snapshot(trained) == before
+
+
+@pytest.mark.parametrize(
+  "line, words",
+  [
+    ('{"prompt": "1+1="', ("line 2", "prompt, max_new_tokens, seed, stop, settings")),
+    ('{"promt": "1+1="}', ("line 2", "promt")),
+    ('{"prompt": 3}', ("line 2", "prompt is 3")),
+    ('{"prompt": "1+1=", "settings": {"top_p": 0.5}}', ("Request 1 sets 'top_p'", "temperature")),
+    ('{"prompt": "1+1=", "max_new_tokens": 0}', ("Request 1", "max_new_tokens=0")),
+  ],
+)
+def test_a_line_of_prompts(command, trained, tmp_path, line, words):
+  (tmp_path / "prompts.jsonl").write_text('{"prompt": "1+1="}\n' + line + "\n")
+  check(command(sample, f"--workdir={trained}", f"--prompts={tmp_path}/prompts.jsonl"), *words)
+
+
+def test_what_is_written_is_not_overwritten_nor_mixed(command, trained, tmp_path):
+  again = [f"--workdir={trained}", "--prompt=1+1=", f"--output={tmp_path}/samples.jsonl"]
+  assert command(sample, *again).status == 0
+  written = (tmp_path / "samples.jsonl").read_bytes()
+  check(command(sample, *again), "exists", "--resume")
+  check(command(sample, *again, "--resume", "--seed=3"), "run_seed 0", "would have 3")
+  check(command(sample, *again, "--resume", "--top_k=3"), "settings")
+  assert (tmp_path / "samples.jsonl").read_bytes() == written
 
 
 @pytest.mark.parametrize(

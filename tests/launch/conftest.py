@@ -10,7 +10,7 @@ import pytest
 from absl import flags as absl_flags
 from absl.testing import flagsaver
 
-from ancestral.launch import flags
+from ancestral.launch import flags, train
 
 ROOT = pathlib.Path(__file__).parents[2]
 
@@ -108,3 +108,16 @@ def snapshot():
     path.relative_to(folder): path.read_bytes() if path.is_file() else None
     for path in pathlib.Path(folder).rglob("*")
   }
+
+
+@pytest.fixture(scope="session")
+def trained_folder(tmp_path_factory):
+  return tmp_path_factory.mktemp("trained") / "run"
+
+
+@pytest.fixture
+def trained(command, tiny, trained_folder):
+  """A workdir with a run of 4 steps, made once."""
+  if not trained_folder.exists():
+    assert command(train, f"--workdir={trained_folder}", *tiny()).status == 0
+  return trained_folder

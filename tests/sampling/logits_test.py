@@ -1,7 +1,5 @@
 """Each transform against its definition by sets, and the law of a draw."""
 
-import warnings
-
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -26,81 +24,29 @@ def random_logits(rows=40, vocab_size=9, seed=0):
   return np.round(2 * np.random.default_rng(seed).normal(size=(rows, vocab_size)) * 2) / 2
 
 
-AWKWARD = np.array(
-  [
-    [0.0, -0.0, 0.0, -0.0, 1.0, -1.0],
-    [-0.0, 0.0, -1.0, -1.0, -INF, -INF],
-    [1e38, -1e38, 3e38, -3e38, 1e-37, -1e-37],
-    [2.0, 2.0, 2.0, 2.0, 2.0, 2.0],
-    [-INF, -INF, 5.0, -INF, -INF, -INF],
-    [-1e-30, -2e-30, -1e30, 1e-30, 2e-30, 1e30],
-    [
-      1.0,
-      np.nextafter(np.float32(1), np.float32(2)),
-      np.nextafter(np.float32(1), np.float32(0)),
-      -1.0,
-      np.nextafter(np.float32(-1), np.float32(0)),
-      -INF,
-    ],
-  ],
-  np.float32,
-)
-
-
-@pytest.mark.parametrize("k", [1, 2, 3, 5, 6, 100])
-@pytest.mark.parametrize("logits", [random_logits(), AWKWARD], ids=["ties", "awkward"])
-def test_top_k_by_definition(logits, k):
-  out = transformed(truncation.top_k(k), logits)
-  expected = targets.filtered(logits, lambda row: targets.top_k_set(row, k))
-  np.testing.assert_array_equal(out, expected)
-
-
-@pytest.mark.parametrize("p", [1e-6, 0.3, 0.77, 0.999, 1.0])
-def test_top_p_by_definition(p):
-  logits = random_logits()
-  out = transformed(truncation.top_p(p), logits)
-  expected = targets.filtered(logits, lambda row: targets.top_p_set(row, p))
-  np.testing.assert_array_equal(out, expected)
-
-
-@pytest.mark.parametrize("p", [1e-6, 0.6, 0.97])
-def test_top_p_of_awkward_floats(p):
-  out = transformed(truncation.top_p(p), AWKWARD)
-  expected = targets.filtered(AWKWARD, lambda row: targets.top_p_set(row, p))
-  np.testing.assert_array_equal(out, expected)
-
-
-def test_top_p_keeps_the_token_that_crosses_and_ties_stand_together():
-  logits = np.log([[0.5, 0.3, 0.2], [0.4, 0.3, 0.3]])
-  np.testing.assert_array_equal(
-    np.isfinite(transformed(truncation.top_p(0.6), logits)), [[1, 1, 0], [1, 1, 1]]
-  )
-
-
-@pytest.mark.parametrize("p", [1e-45, 1e-38])
-def test_top_p_towards_zero_is_greedy(p):
-  logits = np.random.default_rng(0).normal(size=(5, 30))
-  out = transformed(truncation.top_p(p), logits)
-  np.testing.assert_array_equal(out, transformed(logits_lib.greedy(), logits))
-
-
 def test_no_filter_at_the_ends_of_the_range():
-  logits = np.vstack([AWKWARD, random_logits(5, 6)]).astype(np.float32)
+  logits = np.vstack([random_logits(5, 6), [[-0.0, 0.0, 1e38, -3e38, 1e-37, -INF]]])
+  logits = logits.astype(np.float32)
   for transform in (
-    truncation.top_k(6),
-    truncation.top_p(1.0),
     logits_lib.chain(),
     logits_lib.temperature(1.0),
+    logits_lib.dynamic_temperature(1.0, 0.0, 0.5),
   ):
     np.testing.assert_array_equal(transformed(transform, logits), logits)
 
 
 @pytest.mark.parametrize(
-  "make, value", [("temperature", -0.5), ("top_k", 0), ("top_p", 0.0), ("top_p", 1.5)]
+  "make, value, name",
+  [
+    (logits_lib.temperature, (-0.5,), "temperature"),
+    (logits_lib.dynamic_temperature, (-1.0, 0.5), "dynamic_temperature value"),
+    (logits_lib.dynamic_temperature, (1.0, -0.5), "dynamic_temperature spread"),
+    (logits_lib.dynamic_temperature, (1.0, 0.5, -1.0), "dynamic_temperature exponent"),
+  ],
 )
-def test_a_number_that_means_nothing_is_refused(make, value):
-  with pytest.raises(ValueError, match=rf"{make}\({value}\)"):
-    getattr(logits_lib if make == "temperature" else truncation, make)(value)
+def test_a_number_that_means_nothing_is_refused(make, value, name):
+  with pytest.raises(ValueError, match=rf"^{name}\(-.* it has to be at least 0"):
+    make(*value)
 
 
 def test_a_tiny_temperature_is_greedy_and_finite():
@@ -144,8 +90,8 @@ def test_temperature_zero_is_greedy_and_its_gradient_is_finite():
   "factory, values",
   [
     (logits_lib.temperature, [0.0, 0.5, 1.0, 2.0]),
-    (truncation.top_k, [1, 2, 4, 50]),
-    (truncation.top_p, [1e-6, 0.4, 0.9, 1.0]),
+    (lambda t: logits_lib.dynamic_temperature(t, 0.5), [0.0, 0.4, 1.0, 2.0]),
+    (lambda spread: logits_lib.dynamic_temperature(1.0, spread), [0.0, 0.4, 1.0, 2.0]),
   ],
 )
 def test_settings_per_row_equal_the_rows_apart(factory, values):
@@ -157,18 +103,34 @@ def test_settings_per_row_equal_the_rows_apart(factory, values):
     np.testing.assert_array_equal(together[b], transformed(factory(value), logits[b : b + 1])[0])
 
 
-def test_bisection_finds_every_threshold_among_extreme_floats():
-  rng = np.random.default_rng(0)
-  bits = rng.integers(0, 2**32, (64, 33), dtype=np.uint64).astype(np.uint32)
-  floats = bits.view(np.float32)
-  normal = np.isfinite(floats) & (np.abs(floats) >= np.finfo(np.float32).tiny)
-  floats = np.where(normal, floats, np.float32(-INF))
-  ks = jnp.asarray(rng.integers(1, 34, 64))
-  out = np.asarray(truncation.top_k(ks).apply(jnp.asarray(floats), None, ()))
-  for row, result, k in zip(floats, out, ks, strict=True):
-    kept = np.sort(row)[::-1][: int(k)]
-    np.testing.assert_array_equal(np.sort(result)[::-1][: int(k)], kept)
-    assert np.all(result[row < kept[-1]] == -INF)
+def test_dynamic_temperature_goes_with_the_entropy():
+  """By hand: of two equal tokens among four finite logits, H / H_max is log 2 / log 4."""
+  far = -1e4
+  logits = [[0.0, 0.0, far, far, -INF], [3.0, 3.0, 3.0, 3.0, 3.0], [9.0, far, far, far, -INF]]
+  for value, spread, exponent in ((1.0, 0.5, 1.0), (0.3, 0.8, 2.0), (1.5, 0.2, 0.0)):
+    out = transformed(logits_lib.dynamic_temperature(value, spread, exponent), logits)
+    low, high = max(value - spread, 0), value + spread
+    shares = [0.5**exponent, 1, 0.0**exponent]
+    for row, given, share in zip(out, logits, shares, strict=True):
+      t = low + (high - low) * share
+      expected = np.array(given) / t if t > 0 else [9.0, *[-INF] * 4]
+      np.testing.assert_allclose(row, expected, rtol=1e-5)
+
+
+def test_dynamic_temperature_without_spread_is_a_temperature():
+  logits = random_logits()
+  for t in (0.0, 0.7):
+    np.testing.assert_array_equal(
+      transformed(logits_lib.dynamic_temperature(t, 0.0, 1.3), logits),
+      transformed(logits_lib.temperature(t), logits),
+    )
+
+
+def test_entropy_is_that_of_the_law():
+  logits = random_logits()
+  logits[:, 2] = -INF
+  expected = stats.entropy(targets.softmax(logits), axis=1)
+  np.testing.assert_allclose(logits_lib.entropy(jnp.asarray(logits))[:, 0], expected, rtol=1e-5)
 
 
 def test_chain_applies_in_order():
@@ -270,43 +232,3 @@ def test_log_prob_is_the_log_of_softmax():
   assert np.all(np.isneginf(out[token == 3]))
   only = logits_lib.log_prob(jnp.array([[-INF, 7.3, -INF]]), jnp.array([1]))
   assert float(only[0]) == 0.0
-
-
-@pytest.fixture(scope="module")
-def peers():
-  with warnings.catch_warnings():
-    warnings.simplefilter("ignore", DeprecationWarning)  # of what torch and transformers import
-    torch = pytest.importorskip("torch")
-    pytest.importorskip("transformers")
-    from transformers.generation import logits_process
-  return torch, logits_process
-
-
-@pytest.mark.peers
-@pytest.mark.parametrize("k", [1, 3, 8])
-def test_top_k_equals_the_peers(peers, k):
-  torch, process = peers
-  logits = random_logits(200).astype(np.float32)
-  expected = process.TopKLogitsWarper(k)(None, torch.from_numpy(logits)).numpy()
-  np.testing.assert_array_equal(transformed(truncation.top_k(k), logits), expected)
-
-
-@pytest.mark.peers
-@pytest.mark.parametrize("p", [0.05, 0.5, 0.9, 0.99])
-def test_top_p_equals_the_peers(peers, p):
-  """On logits without ties; of equals, transformers keeps only as many as it takes."""
-  torch, process = peers
-  logits = np.random.default_rng(0).normal(size=(200, 50)).astype(np.float32) * 3
-  expected = process.TopPLogitsWarper(p)(None, torch.from_numpy(logits)).numpy()
-  np.testing.assert_array_equal(transformed(truncation.top_p(p), logits), expected)
-
-
-@pytest.mark.peers
-def test_top_p_of_ties_contains_the_peers(peers):
-  torch, process = peers
-  logits = random_logits(200).astype(np.float32)
-  theirs = np.isfinite(process.TopPLogitsWarper(0.8)(None, torch.from_numpy(logits)).numpy())
-  ours = np.isfinite(transformed(truncation.top_p(0.8), logits))
-  least = np.where(theirs, logits, INF).min(axis=1, keepdims=True)
-  np.testing.assert_array_equal(ours, logits >= least)  # theirs, and what ties with its last
-  assert np.any(ours != theirs)
