@@ -198,7 +198,8 @@ def llamacpp(
     raise ValueError(f"mirostat is {mirostat}: it has to be 0 (none), 1 or 2.")
   if mirostat:
     controlled = (feedback.mirostat_truncated, feedback.mirostat_v2_truncated)[mirostat - 1]
-    return [bias, controlled(mirostat_tau, mirostat_eta, temperature=1.0 if temp is None else temp)]
+    tempered = 1.0 if temp is None else temp
+    return [controlled(mirostat_tau, mirostat_eta, temperature=tempered, before=bias)]
   recent = history.last(penalty_last_n)
   tempered = _tempered(temp, dynatemp_range, dynatemp_exponent)
   return [

@@ -151,13 +151,6 @@ TINY = {
 }
 
 
-@pytest.fixture
-def compiles_quickly():
-  jax.config.update("jax_disable_most_optimizations", True)
-  yield
-  jax.config.update("jax_disable_most_optimizations", False)
-
-
 @pytest.mark.parametrize("variant", ["jsonl", "tfds"])
 def test_every_field_of_the_data_is_read_by_something(variant, tmp_path, texts, monkeypatch):
   config = config_of("text", variant, tmp_path)

@@ -1,5 +1,6 @@
 """What every sampler keeps, crossed with every sampler. A new sampler is one row of CASES."""
 
+import functools
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
@@ -9,7 +10,22 @@ import numpy as np
 import pytest
 
 import targets
-from ancestral.sampling import base, decode, logits, truncation
+from ancestral.models import guided
+from ancestral.sampling import (
+  automata,
+  base,
+  constraints,
+  contrastive,
+  decode,
+  feedback,
+  history,
+  logits,
+  sharded,
+  superposed,
+  truncation,
+)
+
+pytestmark = pytest.mark.usefixtures("compiles_quickly")
 
 
 class Case(NamedTuple):
@@ -21,6 +37,7 @@ class Case(NamedTuple):
   dtypes: dict[str, str]
   eager: bool = False  # one of each family is also run without jit
   num_steps: int = 5
+  draws: bool = True  # otherwise keys change nothing
 
 
 PROMPTS = np.array([[1, 2, 0, 0], [3, 0, 0, 0], [2, 2, 1, 3], [0, 4, 1, 0]], np.int32)
@@ -31,12 +48,10 @@ def prompts(requests):
   return decode.Prompts(jnp.asarray(PROMPTS[requests]), jnp.asarray(LENGTHS[requests]))
 
 
-def decoding(name, target, transform=logits.chain, **kwargs):
+def decoding(name, target, transform=logits.chain, make=decode.autoregressive, **kwargs):
   model, params = target
   algorithm = lambda params: base.recorded(
-    decode.autoregressive(
-      model, params, max_length=10, max_new_tokens=4, transform=transform(), stop=(2,)
-    ),
+    make(model, params, max_length=10, max_new_tokens=4, transform=transform(), stop=(2,)),
     lambda state, info: info,
     4,
   )
@@ -55,8 +70,49 @@ def decoding(name, target, transform=logits.chain, **kwargs):
   return Case(name, algorithm, params, prompts, sample, dtypes, **kwargs)
 
 
+def searching(name, target, make, fields, **kwargs):
+  """A sampler of several drafts a row, which reports `fields` of its state."""
+  model, params = target
+  algorithm = lambda params: make(model, params, max_length=10, max_new_tokens=4, stop=(2,))
+  dtypes = {name: "int32" if name in ("tokens", "length") else "float32" for name in fields}
+  return Case(name, algorithm, params, prompts, fields_of(fields), dtypes, **kwargs)
+
+
+def fields_of(fields):
+  return lambda state: {name: getattr(state, name) for name in fields}
+
+
 def filters():
   return logits.chain(logits.temperature(1.3), truncation.top_k(4), truncation.top_p(0.9))
+
+
+def truncations():
+  return logits.chain(
+    logits.dynamic_temperature(1.2, 0.3),
+    truncation.eta(1e-3),
+    truncation.typical(0.95),
+    truncation.top_h(0.9),
+    truncation.xtc(0.5, 0.2),
+  )
+
+
+def repeats_and_languages():
+  words = automata.from_sequences([[0, 1, 3], [4, 4], [3, 0, 1, 1]], 5)
+  return logits.chain(
+    history.repetition_penalty(1.3),
+    history.no_repeat_ngram(3),
+    history.dry(0.8, breakers=((2,),)),
+    constraints.constrain(words, (2,), 4),
+  )
+
+
+def surprise():
+  return logits.chain(feedback.mirostat(1.5), feedback.mirostat_v2(1.2))
+
+
+def guided_target():
+  model, params = targets.table_target(vocab_size=5)
+  return guided.guided(model, 1.5, 1), params
 
 
 CASES = [
@@ -64,6 +120,23 @@ CASES = [
   decoding("autoregressive-markov-filtered", targets.markov_target(), filters),
   decoding("autoregressive-transformer", targets.tiny_target(num_layers=1)),
   decoding("autoregressive-bfloat16", targets.tiny_target(num_layers=1, dtype="bfloat16")),
+  decoding("autoregressive-truncated", targets.markov_target(), truncations),
+  decoding("autoregressive-constrained", targets.table_target(5), repeats_and_languages),
+  decoding("autoregressive-mirostat", targets.markov_target(), surprise),
+  decoding("autoregressive-guided", guided_target()),
+  decoding(
+    "contrastive",
+    targets.tiny_target(num_layers=1),
+    make=functools.partial(contrastive.contrastive, k=3),
+    draws=False,
+  ),
+  searching(
+    "superposed",
+    targets.table_target(vocab_size=5),
+    functools.partial(superposed.superposed, num_candidates=5),
+    ("tokens", "length", "score"),
+    draws=False,
+  ),
 ]
 
 
@@ -162,10 +235,20 @@ def test_vmap_over_an_outer_axis_equals_the_parts(compiled):
     )
 
 
+def test_pmap_over_devices_equals_the_batch(compiled):
+  case = compiled.case
+  sample = sharded.pmapped(
+    lambda params, settings, keys, inputs: compiled.function(params, keys, inputs)
+  )
+  out = sample(case.params, {}, keys_of(REQUESTS), case.inputs(REQUESTS))
+  assert_same(out, sample_of(compiled))
+
+
 def test_keys_decide_everything(compiled):
   first, again, other = (sample_of(compiled, seed=seed) for seed in (0, 0, 1))
   jax.tree.map(np.testing.assert_array_equal, first, again)
-  assert any(np.any(first[name] != other[name]) for name in first)
+  changed = any(np.any(first[name] != other[name]) for name in first)
+  assert changed == compiled.case.draws
 
 
 def test_rows_do_not_know_each_other(compiled):
