@@ -14,6 +14,7 @@ from ancestral.models import guided
 from ancestral.sampling import (
   automata,
   base,
+  beam,
   constraints,
   contrastive,
   decode,
@@ -21,6 +22,7 @@ from ancestral.sampling import (
   history,
   logits,
   sharded,
+  stochastic_beam,
   superposed,
   truncation,
 )
@@ -82,6 +84,20 @@ def fields_of(fields):
   return lambda state: {name: getattr(state, name) for name in fields}
 
 
+def beams(name, target, make, **kwargs):
+  """A search by beams: where they went, and what it found."""
+  model, params = target
+  algorithm = lambda params: base.recorded(
+    make(model, params, max_length=10, max_new_tokens=4, stop=(2,)),
+    lambda state, info: {"parent": info.parent, "token": info.token},
+    4,
+  )
+  sample = lambda recorded: {**recorded.state.finished._asdict(), **recorded.record}
+  dtypes = dict.fromkeys(("tokens", "length", "parent", "token"), "int32")
+  dtypes |= dict.fromkeys(("log_prob", "score"), "float32")
+  return Case(name, algorithm, params, prompts, sample, dtypes, **kwargs)
+
+
 def filters():
   return logits.chain(logits.temperature(1.3), truncation.top_k(4), truncation.top_p(0.9))
 
@@ -136,6 +152,17 @@ CASES = [
     functools.partial(superposed.superposed, num_candidates=5),
     ("tokens", "length", "score"),
     draws=False,
+  ),
+  beams(
+    "beam",
+    targets.table_target(vocab_size=5),
+    functools.partial(beam.beam_search, num_beams=2),
+    draws=False,
+  ),
+  beams(
+    "stochastic-beam",
+    targets.table_target(vocab_size=5),
+    functools.partial(stochastic_beam.stochastic_beam_search, num_beams=3),
   ),
 ]
 
