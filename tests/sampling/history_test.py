@@ -1,7 +1,6 @@
 """What looks back, against its definition on Python tuples; padding is full of garbage."""
 
 import collections
-import ctypes
 import math
 
 import jax
@@ -294,50 +293,3 @@ def test_vmap_over_an_outer_axis_equals_the_parts():
   outs = jax.vmap(transformed_by_all)(split(logits), split(context))
   for name, out in transformed_by_all(logits, context).items():
     np.testing.assert_allclose(outs[name].reshape(60, 6), out, rtol=1e-5, atol=1e-6)
-
-
-def llamacpp_dry(peer, context, b, logits, settings, breakers):
-  """llama.cpp's DRY, by the constructor that its own tests use: no vocabulary is needed."""
-  words = [np.array(breaker, np.int32) for breaker in breakers]
-  vectors = np.array([[w.ctypes.data] + 2 * [w.ctypes.data + w.nbytes] for w in words], np.uint64)
-  span = vectors.ctypes.data + np.array([0, vectors.nbytes, vectors.nbytes])
-  make = ctypes.CDLL(peer._lib._name)[
-    "_Z30llama_sampler_init_dry_testingffiiRKSt6vectorIS_IiSaIiEESaIS1_EE"
-  ]
-  make.restype = ctypes.c_void_p
-  outer = span.astype(np.uint64)
-  multiplier, base_, allowed, last_n = settings
-  sampler = make(
-    ctypes.c_float(multiplier),
-    ctypes.c_float(base_),
-    ctypes.c_int32(allowed),
-    ctypes.c_int32(last_n),
-    ctypes.c_void_p(outer.ctypes.data),
-  )
-  sampler = ctypes.cast(sampler, peer.llama_sampler_p_ctypes)
-  for token in np.asarray(context.tokens)[b, : int(context.length[b])]:
-    peer.llama_sampler_accept(sampler, int(token))
-  data = (peer.llama_token_data * len(logits))(
-    *(peer.llama_token_data(v, z, 0.0) for v, z in enumerate(logits.tolist()))
-  )
-  array = peer.llama_token_data_array(data, len(logits), -1, False)
-  peer.llama_sampler_apply(sampler, ctypes.byref(array))
-  peer.llama_sampler_free(sampler)
-  return [array.data[v].logit for v in range(len(logits))]
-
-
-@pytest.mark.llamacpp
-@pytest.mark.parametrize("breakers", [(), ((2,),), ((1, 0), (2,)), ((0, 1, 1), (2, 2))])
-def test_dry_equals_llamacpp(breakers):
-  """1,200 texts in all."""
-  peer = pytest.importorskip("llama_cpp").llama_cpp
-  logits, context = random_logits(300), contexts(300, 24, 3, seed=len(breakers))
-  last_n = np.random.default_rng(0).choice([64, 9, 14], 300)
-  transform, settings = dry_of_rows(300, history.last(jnp.asarray(last_n)), breakers)
-  out = transformed(transform, logits, context)
-  expected = [
-    llamacpp_dry(peer, context, b, logits[b], (*settings[b], last_n[b]), breakers)
-    for b in range(300)
-  ]
-  np.testing.assert_allclose(out, expected, rtol=1e-5, atol=1e-6)
-  assert_several_penalties(logits, out)
