@@ -18,10 +18,12 @@ from ancestral.sampling import (
   constraints,
   contrastive,
   decode,
+  drafting,
   feedback,
   history,
   logits,
   sharded,
+  speculative,
   stochastic_beam,
   superposed,
   truncation,
@@ -131,6 +133,11 @@ def guided_target():
   return guided.guided(model, 1.5, 1), params
 
 
+def speculating(model, params, **kwargs):
+  drafter = drafting.by_model(model, jax.tree.map(jnp.square, params), num_drafts=2)
+  return speculative.speculative(model, params, drafter, **kwargs)
+
+
 CASES = [
   decoding("autoregressive-table", targets.table_target(vocab_size=5), eager=True),
   decoding("autoregressive-markov-filtered", targets.markov_target(), filters),
@@ -153,6 +160,7 @@ CASES = [
     ("tokens", "length", "score"),
     draws=False,
   ),
+  searching("speculative", targets.table_target(5), speculating, ("tokens", "length")),
   beams(
     "beam",
     targets.table_target(vocab_size=5),
@@ -177,10 +185,6 @@ class Compiled(NamedTuple):
 REQUESTS = [0, 1, 2, 3]
 
 
-def keys_of(requests, seed=0):
-  return base.row_keys(jax.random.key(seed), jnp.asarray(requests))
-
-
 @pytest.fixture(scope="module", params=CASES, ids=lambda case: case.name)
 def compiled(request):
   case, traces = request.param, []
@@ -197,7 +201,7 @@ def compiled(request):
 def sample_of(compiled, requests=tuple(REQUESTS), seed=0):
   requests = list(requests)
   return compiled.sample(
-    compiled.case.params, keys_of(requests, seed), compiled.case.inputs(requests)
+    compiled.case.params, targets.keys_of(requests, seed), compiled.case.inputs(requests)
   )
 
 
@@ -220,7 +224,7 @@ def test_dtypes(compiled):
 
 def test_steps_by_hand_equal_the_scan(compiled):
   """Stepping without a loop, each step its own program, with the keys of the driver's rule."""
-  case, keys = compiled.case, keys_of(REQUESTS)
+  case, keys = compiled.case, targets.keys_of(REQUESTS)
   step = jax.jit(lambda params, keys, state: case.algorithm(params).step(keys, state)[0])
   state = jax.jit(lambda params, keys, inputs: base.start(keys, case.algorithm(params), inputs))(
     case.params, keys, case.inputs(REQUESTS)
@@ -234,7 +238,7 @@ def test_steps_by_hand_equal_the_scan(compiled):
   "compiled", [case for case in CASES if case.eager], indirect=True, ids=lambda case: case.name
 )
 def test_eager_equals_compiled(compiled):
-  case, keys = compiled.case, keys_of(REQUESTS)
+  case, keys = compiled.case, targets.keys_of(REQUESTS)
   algorithm = case.algorithm(case.params)
   eager = base.start(keys, algorithm, case.inputs(REQUESTS))
   eager, _ = algorithm.step(base.row_keys_at(keys, eager.step), eager)
@@ -248,7 +252,7 @@ def test_eager_equals_compiled(compiled):
 
 def test_vmap_over_an_outer_axis_equals_the_parts(compiled):
   groups = [[0, 1], [3, 2], [1, 0]]
-  keys = jnp.stack([keys_of(group, seed) for seed, group in enumerate(groups)])
+  keys = jnp.stack([targets.keys_of(group, seed) for seed, group in enumerate(groups)])
   inputs = jax.tree.map(
     lambda *leaves: jnp.stack(leaves), *(compiled.case.inputs(group) for group in groups)
   )
@@ -267,7 +271,7 @@ def test_pmap_over_devices_equals_the_batch(compiled):
   sample = sharded.pmapped(
     lambda params, settings, keys, inputs: compiled.function(params, keys, inputs)
   )
-  out = sample(case.params, {}, keys_of(REQUESTS), case.inputs(REQUESTS))
+  out = sample(case.params, {}, targets.keys_of(REQUESTS), case.inputs(REQUESTS))
   assert_same(out, sample_of(compiled))
 
 
@@ -290,7 +294,7 @@ def test_compiles_once_for_all_inputs_and_params(compiled):
   traced = len(compiled.traces)
   out = compiled.sample(
     jax.tree.map(lambda leaf: -leaf, compiled.case.params),
-    keys_of([9, 8, 7, 6]),
+    targets.keys_of([9, 8, 7, 6]),
     compiled.case.inputs([3, 2, 1, 0]),
   )
   assert len(compiled.traces) == traced
@@ -299,6 +303,6 @@ def test_compiles_once_for_all_inputs_and_params(compiled):
 
 @pytest.mark.parametrize("platform", ["tpu", "cuda"])
 def test_lowers_for_accelerators(compiled, platform):
-  args = compiled.case.params, keys_of(REQUESTS), compiled.case.inputs(REQUESTS)
+  args = compiled.case.params, targets.keys_of(REQUESTS), compiled.case.inputs(REQUESTS)
   lowered = jax.jit(compiled.function).trace(*args).lower(lowering_platforms=(platform,))
   assert "stablehlo" in lowered.as_text()

@@ -1,4 +1,4 @@
-"""Targets that tests share: small models with fixed params, and the noise of a sampled law."""
+"""What tests share: small models with fixed params, prompts and keys, and the noise of a law."""
 
 import functools
 
@@ -7,6 +7,8 @@ import jax.numpy as jnp
 import numpy as np
 
 from ancestral.models import base, toy, transformer
+from ancestral.sampling import base as sampling
+from ancestral.sampling import decode
 
 apply = jax.jit(base.apply, static_argnums=0)  # eager layers are compiled one operation at a time
 
@@ -67,6 +69,20 @@ def tiny_target(seed: int = 0, **fields):
   """A tiny transformer and its fixed params; the same object for the same fields."""
   model = transformer.transformer(tiny_config(**fields))
   return model, fixed_params(model, seed)
+
+
+def prompts_of(rows: list[list[int]], width: int | None = None) -> decode.Prompts:
+  """Prompts, as wide as the longest or as said."""
+  width = max(len(row) for row in rows) if width is None else width
+  tokens = np.zeros((len(rows), width), np.int32)
+  for b, row in enumerate(rows):
+    tokens[b, : len(row)] = row
+  return decode.Prompts(jnp.asarray(tokens), jnp.array([len(row) for row in rows], jnp.int32))
+
+
+def keys_of(requests, seed: int = 0) -> jax.Array:
+  """The keys of requests [B] in the run of that seed."""
+  return sampling.row_keys(jax.random.key(seed), jnp.asarray(requests))
 
 
 def softmax(logits: np.ndarray) -> np.ndarray:

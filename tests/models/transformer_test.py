@@ -10,6 +10,8 @@ import pytest
 import targets
 from ancestral.models import base, transformer
 
+pytestmark = pytest.mark.usefixtures("compiles_quickly")
+
 VARIANTS = {
   "multi_head": {"num_kv_heads": 4},
   "grouped": {},

@@ -6,22 +6,12 @@ import numpy as np
 import pytest
 
 import targets
-from ancestral.sampling import base, beam, decode
+from ancestral.sampling import base, beam
+
+pytestmark = pytest.mark.usefixtures("compiles_quickly")
 
 TARGET = targets.tiny_target(num_layers=1)
 REQUESTS = {0: (3, 1, 4), 1: (1,), 2: (5, 9, 2, 6, 5, 3, 5), 3: (8, 9, 7, 9), 4: (3, 2)}
-
-
-def prompts_of(rows, width=None):
-  width = max(len(row) for row in rows) if width is None else width
-  tokens = np.zeros((len(rows), width), np.int32)
-  for b, row in enumerate(rows):
-    tokens[b, : len(row)] = row
-  return decode.Prompts(jnp.asarray(tokens), jnp.array([len(row) for row in rows], jnp.int32))
-
-
-def keys_of(requests, seed=0):
-  return base.row_keys(jax.random.key(seed), jnp.asarray(requests))
 
 
 @pytest.fixture(scope="module")
@@ -51,9 +41,11 @@ def served():
     return algorithm(params).step(base.row_keys_at(keys, state.step), state)
 
   def begin(requests):
-    return start(params, keys_of(requests), prompts_of([REQUESTS[r] for r in requests], 8))
+    return start(
+      params, targets.keys_of(requests), targets.prompts_of([REQUESTS[r] for r in requests], 8)
+    )
 
-  return begin, lambda requests, state: step(params, keys_of(requests), state)
+  return begin, lambda requests, state: step(params, targets.keys_of(requests), state)
 
 
 select = jax.jit(base.select_rows)

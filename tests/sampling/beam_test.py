@@ -9,23 +9,11 @@ import numpy as np
 import pytest
 
 import targets
-from ancestral.sampling import base, beam, decode
+from ancestral.sampling import beam
 from ancestral.sampling import logits as logits_lib
 
 PENALTIES = (0.0, 0.5, 1.0, 2.0, -0.7)
 PROMPTS = ((3,), (1, 2), (0, 3, 1), (2, 2), (1,))
-
-
-def prompts_of(rows, width=None):
-  width = max(len(row) for row in rows) if width is None else width
-  tokens = np.zeros((len(rows), width), np.int32)
-  for b, row in enumerate(rows):
-    tokens[b, : len(row)] = row
-  return decode.Prompts(jnp.asarray(tokens), jnp.array([len(row) for row in rows], jnp.int32))
-
-
-def keys_of(requests, seed=0):
-  return base.row_keys(jax.random.key(seed), jnp.asarray(requests))
 
 
 def search_of(algorithm):
@@ -36,7 +24,7 @@ def search_of(algorithm):
     return beam.search(keys, algorithm(params, *settings), prompts)
 
   return lambda params, rows, *settings: jax.tree.map(
-    np.asarray, run(params, keys_of(range(len(rows))), prompts_of(rows), settings)
+    np.asarray, run(params, targets.keys_of(range(len(rows))), targets.prompts_of(rows), settings)
   )
 
 

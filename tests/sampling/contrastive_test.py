@@ -12,20 +12,15 @@ from ancestral.models import base as model_base
 from ancestral.sampling import base, contrastive, decode
 from ancestral.sampling import logits as logits_lib
 
+pytestmark = pytest.mark.usefixtures("compiles_quickly")
+
 ROWS = [[3, 1, 4], [1], [5, 9, 2, 6, 5], [8, 9, 7, 9]]
 NEW = 8
 MAX = 5 + NEW
 
 
-def keys_of(requests):
-  return base.row_keys(jax.random.key(0), jnp.asarray(requests))
-
-
-def prompts_of(rows, width=5):
-  tokens = np.zeros((len(rows), width), np.int32)
-  for b, row in enumerate(rows):
-    tokens[b, : len(row)] = row
-  return decode.Prompts(jnp.asarray(tokens), jnp.array([len(row) for row in rows], jnp.int32))
+def prompts_of(rows):
+  return targets.prompts_of(rows, 5)
 
 
 @functools.partial(
@@ -47,7 +42,7 @@ def searched(target, rows=ROWS, alpha=0.6, max_new_tokens=NEW, **fixed):
   alpha = jnp.broadcast_to(jnp.asarray(alpha, jnp.float32), len(rows))
   prompts = prompts_of(rows)
   return search(
-    params, keys_of(range(len(rows))), prompts, alpha, max_new_tokens, model=model, **fixed
+    params, targets.keys_of(range(len(rows))), prompts, alpha, max_new_tokens, model=model, **fixed
   )
 
 
@@ -120,7 +115,7 @@ def greedy(model, params, keys, prompts):
 def test_without_a_choice_it_is_greedy(settings):
   model, params = targets.tiny_target(num_layers=1)
   state, info = searched((model, params), **settings)
-  samples = greedy(model, params, keys_of(range(4)), prompts_of(ROWS))
+  samples = greedy(model, params, targets.keys_of(range(4)), prompts_of(ROWS))
   np.testing.assert_array_equal(state.tokens, samples.tokens)
   np.testing.assert_allclose(info.model_log_prob.T, samples.model_log_prob, atol=1e-5)
 
@@ -193,10 +188,10 @@ def test_compiles_once_for_all_prompts_params_and_alphas():
     state = base.start(keys, algorithm, prompts)
     return base.run_until(keys, algorithm, state, lambda state: state.done, NEW).tokens
 
-  first = sample(params, 0.6, keys_of(range(4)), prompts_of(ROWS))
-  other = sample(params, 0.1, keys_of(range(4)), prompts_of(ROWS[::-1]))
+  first = sample(params, 0.6, targets.keys_of(range(4)), prompts_of(ROWS))
+  other = sample(params, 0.1, targets.keys_of(range(4)), prompts_of(ROWS[::-1]))
   negated = jax.tree.map(lambda leaf: -leaf, params)
-  third = sample(negated, 0.6, keys_of(range(4)), prompts_of(ROWS))
+  third = sample(negated, 0.6, targets.keys_of(range(4)), prompts_of(ROWS))
   assert len(traces) == 1
   assert np.any(first != other) and np.any(first != third)
 
@@ -210,7 +205,7 @@ def test_lowers_for_accelerators(platform):
     return base.run(keys, algorithm, base.start(keys, algorithm, prompts), 2)[0].tokens
 
   traced = jax.jit(jax.vmap(sample, in_axes=(None, 0, 0))).trace(
-    params, keys_of(range(4))[None], jax.tree.map(lambda leaf: leaf[None], prompts_of(ROWS))
+    params, targets.keys_of(range(4))[None], jax.tree.map(lambda leaf: leaf[None], prompts_of(ROWS))
   )
   assert "stablehlo" in traced.lower(lowering_platforms=(platform,)).as_text()
 
@@ -230,7 +225,7 @@ def test_bad_settings_are_named(settings, message):
   with pytest.raises(ValueError, match=message) as error:
     jax.eval_shape(
       lambda: base.start(
-        keys_of(range(4)),
+        targets.keys_of(range(4)),
         contrastive.contrastive(model, params, **settings),
         prompts_of(ROWS),
       )

@@ -76,10 +76,14 @@ block_rows = jax.jit(jax.vmap(coupling.block_law))
 CHAIN = coupling.chain(coupling.maximal_one)
 
 
-def verdicts(verify, drafts, draft_laws, target_laws, seed=0):
-  keys = jax.random.split(jax.random.key(seed), len(drafts))
-  drafts = jnp.asarray(drafts, jnp.int32)
-  got = compiled(verify)(keys, drafts, log(draft_laws), log(target_laws))
+NUM_ROWS = 8000  # fewer are repeated, so that each verifier is compiled once
+
+
+def verdicts(verify, drafts, draft_laws, target_laws):
+  rows = np.arange(NUM_ROWS) % len(drafts)
+  keys = jax.random.split(jax.random.key(0), NUM_ROWS)
+  drafts = jnp.asarray(np.asarray(drafts)[rows], jnp.int32)
+  got = compiled(verify)(keys, drafts, log(draft_laws[rows]), log(target_laws[rows]))
   return jax.tree.map(np.asarray, got)
 
 
@@ -109,7 +113,7 @@ def tree_law(rule, parents, q, p):
   """What `tree(rule, parents)` writes, by its own probabilities and the rule's residuals."""
   drafts, probability, draft_laws, target_laws = every_tree(parents, q, p)
   accept = verdicts(tree(rule, parents), drafts, draft_laws, target_laws).accept_prob
-  accept = accept.astype(np.float64)
+  accept = accept[: len(drafts)].astype(np.float64)
   num_nodes = len(parents) + 1
   children = [
     [i for i, parent in enumerate(parents) if parent == node - 1] for node in range(num_nodes)
@@ -130,14 +134,15 @@ def tree_law(rule, parents, q, p):
 
 
 def block_text_law(q, p, num_drafts):
+  """What `block` writes, by its coins and residuals, and Pr(i or more are accepted) [T, K + 1]."""
   parents = range(-1, num_drafts - 1)
   drafts, probability, draft_laws, target_laws = every_tree(parents, q, p)
-  _, residual = block_rows(jnp.asarray(drafts), log(draft_laws), log(target_laws))
-  accept = verdicts(coupling.block, drafts, draft_laws, target_laws).accept_prob.astype(np.float64)
-  at_least = np.cumprod(np.hstack([np.ones_like(accept[:, :1]), accept]), axis=1)
-  stops = at_least - np.hstack([at_least[:, 1:], np.zeros_like(accept[:, :1])])
+  h, residual = block_rows(jnp.asarray(drafts), log(draft_laws), log(target_laws))
+  coins = np.hstack([np.ones((len(drafts), 1)), np.asarray(h, np.float64)])
+  stops = np.array([[row[i] * np.prod(1 - row[i + 1 :]) for i in range(row.size)] for row in coins])
+  at_least = np.cumsum(stops[:, ::-1], axis=1)[:, ::-1]
   law = text_law(parents, stops, targets.softmax(residual), drafts, probability, p)
-  return law, (probability[:, None] * at_least[:, 1:]).sum()
+  return law, (probability[:, None] * at_least[:, 1:]).sum(), at_least
 
 
 @pytest.mark.parametrize("sparsity", [0.0, 0.4])
@@ -147,7 +152,7 @@ def test_a_block_writes_the_target_s_text_and_accepts_no_less_than_a_chain(spars
     q, p = Tables(seed, 3, sparsity), Tables(seed + 100, 3, sparsity)
     for found, (law, expected) in (
       (chains, tree_law(coupling.maximal_one, (-1, 0, 1), q, p)),
-      (blocks, block_text_law(q, p, 3)),
+      (blocks, block_text_law(q, p, 3)[:2]),
     ):
       np.testing.assert_allclose(law, joint(p, 4), atol=1e-6)
       found.append(expected)
@@ -155,19 +160,25 @@ def test_a_block_writes_the_target_s_text_and_accepts_no_less_than_a_chain(spars
   assert gain.min() > -1e-6 and gain.max() > 0.01
 
 
+def test_a_block_reports_the_probabilities_of_its_coins():
+  q, p = Tables(0, 3), Tables(1, 3)
+  drafts, _, draft_laws, target_laws = every_tree(range(-1, 2), q, p)
+  accept = verdicts(coupling.block, drafts, draft_laws, target_laws).accept_prob[: len(drafts)]
+  _, _, at_least = block_text_law(q, p, 3)
+  np.testing.assert_allclose(np.cumprod(accept, axis=1), at_least[:, 1:], atol=1e-6)
+
+
 def test_the_example_of_the_block_verification_paper():
-  # Sun et al. 2024, section 2: p = (1/3, 2/3), q = (2/3, 1/3), two drafts: 10/9, and 11/9.
+  # Sun et al. 2024, arXiv 2403.10444: p = (1/3, 2/3), q = (2/3, 1/3), two drafts. A chain of
+  # maximal couplings accepts 2/3 + 4/9 = 10/9 of them, a block 11/9.
   q, p = Tables(0, 2), Tables(0, 2)
   for context in ((), (0,), (1,), (0, 0), (0, 1), (1, 0), (1, 1)):
     q[context], p[context] = np.array([2, 1]) / 3, np.array([1, 2]) / 3
-  np.testing.assert_allclose(tree_law(coupling.maximal_one, (-1, 0), q, p)[1], 10 / 9, atol=1e-6)
   np.testing.assert_allclose(block_text_law(q, p, 2)[1], 11 / 9, atol=1e-6)
 
 
 @pytest.mark.parametrize("sparsity", [0.0, 0.4])
-@pytest.mark.parametrize(
-  "rule", [coupling.k_sequential, coupling.recursive_rejection, coupling.sample_and_match]
-)
+@pytest.mark.parametrize("rule", [coupling.k_sequential, coupling.sample_and_match])
 def test_a_tree_writes_the_target_s_text(rule, sparsity):
   q, p = Tables(1, 3, sparsity), Tables(2, 3, sparsity)
   law, _ = tree_law(rule, BINARY, q, p)
@@ -189,13 +200,13 @@ def drawn_tree(rng, parents, q, replacement):
   [
     (CHAIN, (-1, 0, 1), True),
     (coupling.block, (-1, 0, 1), True),
-    (coupling.tree(coupling.k_sequential, BINARY), BINARY, True),
-    (coupling.tree(coupling.recursive_rejection_without_replacement, BINARY), BINARY, False),
+    (tree(coupling.k_sequential, BINARY), BINARY, True),
+    (tree(coupling.recursive_rejection_without_replacement, BINARY), BINARY, False),
   ],
   ids=["chain", "block", "tree", "tree without replacement"],
 )
 def test_the_text_that_is_drawn_has_the_law_of_the_target(verify, parents, replacement):
-  num_draws, rng = 10_000, np.random.default_rng(3)
+  num_draws, rng = NUM_ROWS, np.random.default_rng(3)
   q, p = Tables(4, 3), Tables(5, 3)
   drafts = np.stack([drawn_tree(rng, parents, q, replacement) for _ in range(num_draws)])
   every = {row: laws(parents, row, q, p) for row in map(tuple, np.unique(drafts, axis=0))}
@@ -222,24 +233,16 @@ def test_the_text_that_is_drawn_has_the_law_of_the_target(verify, parents, repla
   assert set(map(tuple, got.path)) == ends
 
 
-VERIFIERS = {
-  "chain": CHAIN,
-  "k_sequential": coupling.chain(coupling.k_sequential),
-  "recursive": coupling.chain(coupling.recursive_rejection),
-  "block": coupling.block,
-}
-
-
-NUM_ROWS = 2000  # of three drafts and four tokens: each verifier is compiled once
+VERIFIERS = {"chain": CHAIN, "block": coupling.block}
 
 
 @pytest.mark.parametrize("name", VERIFIERS)
 def test_an_equal_draft_is_accepted_whole(name):
   rng = np.random.default_rng(6)
-  p = rng.dirichlet(np.full(4, 0.3), size=(NUM_ROWS, 4))
-  p[:500, :, :2] = 0
+  p = rng.dirichlet(np.full(3, 0.3), size=(NUM_ROWS, 4))
+  p[:500, :, 1] = 0
   p /= p.sum(axis=-1, keepdims=True)
-  drafts = [[rng.choice(4, p=law) for law in row[:3]] for row in p]
+  drafts = [[rng.choice(3, p=law) for law in row[:3]] for row in p]
   got = verdicts(VERIFIERS[name], drafts, p[:, :3], p)
   np.testing.assert_array_equal(got.accept_prob, 1)
   np.testing.assert_array_equal(got.num_accepted, 3)
@@ -248,13 +251,13 @@ def test_an_equal_draft_is_accepted_whole(name):
 @pytest.mark.parametrize("name", VERIFIERS)
 def test_at_temperature_zero_a_draft_is_accepted_if_it_is_the_likeliest_token(name):
   rng = np.random.default_rng(8)
-  logits = jnp.asarray(rng.normal(size=(NUM_ROWS * 4, 4)), jnp.float32)
-  greedy = logits_lib.temperature(0.0).apply(logits, None, ()).reshape(NUM_ROWS, 4, 4)
-  best = np.asarray(logits).reshape(NUM_ROWS, 4, 4).argmax(axis=-1)
+  logits = jnp.asarray(rng.normal(size=(NUM_ROWS * 4, 3)), jnp.float32)
+  greedy = logits_lib.temperature(0.0).apply(logits, None, ()).reshape(NUM_ROWS, 4, 3)
+  best = np.asarray(logits).reshape(NUM_ROWS, 4, 3).argmax(axis=-1)
   drafts = np.where(
-    rng.random((NUM_ROWS, 3)) < 0.7, best[:, :3], rng.integers(4, size=(NUM_ROWS, 3))
+    rng.random((NUM_ROWS, 3)) < 0.7, best[:, :3], rng.integers(3, size=(NUM_ROWS, 3))
   )
-  got = verdicts(VERIFIERS[name], drafts, np.full((NUM_ROWS, 3, 4), 0.25), targets.softmax(greedy))
+  got = verdicts(VERIFIERS[name], drafts, np.full((NUM_ROWS, 3, 3), 1 / 3), targets.softmax(greedy))
   want = np.cumprod(drafts == best[:, :3], axis=1).sum(axis=1)
   np.testing.assert_array_equal(got.num_accepted, want)
   np.testing.assert_array_equal(got.token, best[np.arange(NUM_ROWS), want])
@@ -262,8 +265,10 @@ def test_at_temperature_zero_a_draft_is_accepted_if_it_is_the_likeliest_token(na
 
 @pytest.mark.parametrize("name", VERIFIERS)
 def test_disjoint_laws_accept_nothing_and_give_the_target(name):
-  p = np.tile([0.0, 0.0, 0.25, 0.75], (NUM_ROWS, 4, 1))
-  got = verdicts(VERIFIERS[name], np.tile([0, 1, 0], (NUM_ROWS, 1)), p[:, :3, ::-1], p)
+  p = np.tile([0.0, 0.25, 0.75], (NUM_ROWS, 4, 1))
+  got = verdicts(
+    VERIFIERS[name], np.zeros((NUM_ROWS, 3)), np.tile([1.0, 0, 0], (NUM_ROWS, 3, 1)), p
+  )
   assert (got.num_accepted == 0).all() and (got.accept_prob == 0).all()
   targets.check_law(got.token[:, None], p[0, 0])
 
@@ -271,9 +276,9 @@ def test_disjoint_laws_accept_nothing_and_give_the_target(name):
 @pytest.mark.parametrize("name", VERIFIERS)
 def test_a_row_padded_with_no_law_is_a_shorter_chain(name):
   rng = np.random.default_rng(7)
-  q, p = rng.dirichlet(np.ones(4), size=(2, 4))
+  q, p = rng.dirichlet(np.ones(3), size=(2, 4))
   q, p = (np.tile(law, (NUM_ROWS, 1, 1)) for law in (q[:3], p))
-  drafts = np.stack([rng.choice(4, NUM_ROWS, p=law) for law in q[0]], axis=1)
+  drafts = np.stack([rng.choice(3, NUM_ROWS, p=law) for law in q[0]], axis=1)
   padded = q * np.array([1, 1, 0])[:, None]
   got = verdicts(VERIFIERS[name], drafts, padded, p)
   # What a block makes of a draft depends on those after it; a chain's judgement does not.

@@ -10,6 +10,8 @@ from ancestral.models import toy
 from ancestral.sampling import base, decode, truncation
 from ancestral.sampling import logits as logits_lib
 
+pytestmark = pytest.mark.usefixtures("compiles_quickly")
+
 NUM = 200_000
 PROMPT = (2, 1)
 NEW = 3
@@ -26,18 +28,6 @@ TRANSFORMS = {
 }
 
 
-def prompts_of(rows, bucket=None):
-  width = max(len(row) for row in rows) if bucket is None else bucket
-  tokens = np.zeros((len(rows), width), np.int32)
-  for b, row in enumerate(rows):
-    tokens[b, : len(row)] = row
-  return decode.Prompts(jnp.asarray(tokens), jnp.array([len(row) for row in rows], jnp.int32))
-
-
-def keys_of(requests, seed=0):
-  return base.row_keys(jax.random.key(seed), jnp.asarray(requests))
-
-
 @pytest.fixture(scope="module", params=TRANSFORMS)
 def drawn(request):
   """Many continuations of one prompt by a table model, and the laws they come from."""
@@ -48,7 +38,7 @@ def drawn(request):
     lambda params, keys, prompts: decode.generate(
       model, params, keys, prompts, max_new_tokens=NEW, transform=transform()
     )
-  )(params, keys_of(np.arange(NUM)), prompts)
+  )(params, targets.keys_of(np.arange(NUM)), prompts)
   conditional = targets.softmax(targets.filtered(np.asarray(params) / temperature, keep))
   return jax.tree.map(np.asarray, samples), conditional, targets.softmax(params)
 
@@ -80,7 +70,7 @@ def test_law_on_a_markov_chain_of_ragged_prompts():
   prompts = decode.Prompts(jnp.asarray(tokens, jnp.int32), jnp.asarray(length, jnp.int32))
   samples = jax.jit(
     lambda params, keys, prompts: decode.generate(model, params, keys, prompts, max_new_tokens=2)
-  )(params, keys_of(np.arange(len(length))), prompts)
+  )(params, targets.keys_of(np.arange(len(length))), prompts)
   new = np.take_along_axis(np.asarray(samples.tokens), length[:, None] + np.arange(2), axis=1)
   transition = targets.softmax(params)
   for start, row in enumerate(rows):
@@ -97,7 +87,7 @@ def test_stop_tokens_end_rows_and_freeze_them():
     lambda params, keys, prompts: decode.generate(
       model, params, keys, prompts, max_new_tokens=new, stop=(2, 4)
     )
-  )(params, keys_of(np.arange(24)), prompts_of(rows))
+  )(params, targets.keys_of(np.arange(24)), targets.prompts_of(rows))
   stopped = 0
   for b, row in enumerate(rows):
     tokens, length = np.asarray(samples.tokens[b]), int(samples.length[b])
@@ -126,8 +116,8 @@ def test_generate_stops_stepping_when_every_row_is_done():
   samples = decode.generate(
     model._replace(trunk=counted),
     certain,
-    keys_of([0, 1]),
-    prompts_of([[1], [2]]),
+    targets.keys_of([0, 1]),
+    targets.prompts_of([[1], [2]]),
     max_new_tokens=50,
     stop=(4,),
   )
@@ -144,7 +134,12 @@ def test_generate_stops_stepping_when_every_row_is_done():
 def test_greedy_follows_the_argmax_with_log_prob_zero(transform):
   model, params = targets.table_target(vocab_size=5, order=1)
   samples = decode.generate(
-    model, params, keys_of([0, 1]), prompts_of([[3], [0, 4]]), max_new_tokens=4, transform=transform
+    model,
+    params,
+    targets.keys_of([0, 1]),
+    targets.prompts_of([[3], [0, 4]]),
+    max_new_tokens=4,
+    transform=transform,
   )
   law = targets.softmax(params)
   for b, prompt in enumerate(([3], [0, 4])):
@@ -160,7 +155,7 @@ def test_greedy_follows_the_argmax_with_log_prob_zero(transform):
 def test_no_new_tokens_returns_the_prompts():
   model, params = targets.markov_target()
   samples = decode.generate(
-    model, params, keys_of([0, 1]), prompts_of([[1], [2, 3]]), max_new_tokens=0
+    model, params, targets.keys_of([0, 1]), targets.prompts_of([[1], [2, 3]]), max_new_tokens=0
   )
   np.testing.assert_array_equal(samples.tokens, [[1, 0], [2, 3]])
   assert samples.log_prob.shape == (2, 0)
@@ -192,9 +187,11 @@ def served(request):
     return base.run_until(keys, algorithm, state, lambda state: state.done, num_steps)
 
   def begin(requests):
-    return start(params, keys_of(requests), prompts_of([REQUESTS[r] for r in requests], 8))
+    return start(
+      params, targets.keys_of(requests), targets.prompts_of([REQUESTS[r] for r in requests], 8)
+    )
 
-  return begin, lambda requests, state, n: advance(params, keys_of(requests), state, n)
+  return begin, lambda requests, state, n: advance(params, targets.keys_of(requests), state, n)
 
 
 def row(state, b):
@@ -226,13 +223,13 @@ def test_different_requests_and_runs_differ(served):
 
 def test_rows_may_have_their_own_bounds_and_are_done_when_full():
   model, params = targets.table_target(vocab_size=23, order=1)
-  prompts = prompts_of([[3], [3, 1], [4] * 6])
+  prompts = targets.prompts_of([[3], [3, 1], [4] * 6])
   algorithm = decode.autoregressive(
     model, params, max_length=6, max_new_tokens=jnp.array([2, 9, 9])
   )
-  state = base.start(keys_of([0, 1, 2]), algorithm, prompts)
+  state = base.start(targets.keys_of([0, 1, 2]), algorithm, prompts)
   np.testing.assert_array_equal(state.done, [False, False, True])
-  state, infos = base.run(keys_of([0, 1, 2]), algorithm, state, 8, lambda state, info: info)
+  state, infos = base.run(targets.keys_of([0, 1, 2]), algorithm, state, 8, lambda state, info: info)
   np.testing.assert_array_equal(state.length, [3, 6, 6])
   np.testing.assert_array_equal(state.cache.length, [2, 5, 5])
   np.testing.assert_array_equal(state.tokens[2], [4] * 6)
@@ -269,8 +266,8 @@ def test_feedback_is_of_the_models_logits_and_stops_with_the_row():
   algorithm = decode.autoregressive(
     model, params, max_length=8, max_new_tokens=jnp.array([3, 5]), transform=once
   )
-  keys = keys_of([0, 1])
-  state = base.start(keys, algorithm, prompts_of([[1], [2, 0]]))
+  keys = targets.keys_of([0, 1])
+  state = base.start(keys, algorithm, targets.prompts_of([[1], [2, 0]]))
   state, _ = base.run(keys, algorithm, state, 7)
   np.testing.assert_array_equal(state.transform["count"], [3, 5])
   assert sorted(np.asarray(state.tokens[1, 2:7])) == [0, 1, 2, 3, 4]
@@ -293,18 +290,18 @@ def test_one_bucket_compiles_once_whatever_prompts_params_and_settings():
     return decode.pad_prompts(rows, vocab_size=6, max_length=16, max_new_tokens=3)
 
   settings = {"temperature": jnp.float32(1.0), "k": jnp.int32(3)}
-  first = sample(params, settings, keys_of([0, 1]), pad([[1, 2, 3], [4]]))
-  second = sample(params, settings, keys_of([0, 1]), pad([[5, 5, 5, 5], [2, 1]]))
-  third = sample(-params, settings, keys_of([0, 1]), pad([[1, 2, 3], [4]]))
+  first = sample(params, settings, targets.keys_of([0, 1]), pad([[1, 2, 3], [4]]))
+  second = sample(params, settings, targets.keys_of([0, 1]), pad([[5, 5, 5, 5], [2, 1]]))
+  third = sample(-params, settings, targets.keys_of([0, 1]), pad([[1, 2, 3], [4]]))
   sample(
     params,
     {"temperature": jnp.float32(0.5), "k": jnp.int32(1)},
-    keys_of([0, 1]),
+    targets.keys_of([0, 1]),
     pad([[1, 2, 3], [4]]),
   )
   assert len(traces) == 1
   assert np.any(first.tokens != second.tokens) and np.any(first.tokens != third.tokens)
-  sample(params, settings, keys_of([0, 1]), pad([[1] * 5, [4]]))
+  sample(params, settings, targets.keys_of([0, 1]), pad([[1] * 5, [4]]))
   assert len(traces) == 2  # the next bucket
 
 

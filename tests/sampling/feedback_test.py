@@ -10,6 +10,8 @@ from ancestral.models import toy
 from ancestral.sampling import base, decode, feedback, truncation
 from ancestral.sampling import logits as logits_lib
 
+pytestmark = pytest.mark.usefixtures("compiles_quickly")
+
 INF = np.inf
 FACTORIES = {
   "mirostat": feedback.mirostat,
@@ -209,10 +211,6 @@ def prompts_of(tokens):
   return decode.Prompts(jnp.asarray(tokens, jnp.int32)[:, None], jnp.ones(len(tokens), jnp.int32))
 
 
-def keys_of(requests, seed=0):
-  return base.row_keys(jax.random.key(seed), jnp.asarray(requests))
-
-
 @pytest.mark.parametrize("name", ["mirostat", "mirostat_v2_truncated"])
 def test_log_prob_and_law_are_those_of_the_truncated_table(name):
   """Every continuation of a tiny model, mu followed along it by hand."""
@@ -222,7 +220,7 @@ def test_log_prob_and_law_are_those_of_the_truncated_table(name):
     lambda params, keys, prompts: decode.generate(
       model, params, keys, prompts, max_new_tokens=new, transform=FACTORIES[name](1.4, 0.5)
     )
-  )(params, keys_of(np.arange(num)), prompts_of(np.full(num, 2)))
+  )(params, targets.keys_of(np.arange(num)), prompts_of(np.full(num, 2)))
   table, version = np.asarray(params, np.float64), 2 if "v2" in name else 1
   law = np.zeros((vocab_size,) * new)
 
@@ -266,7 +264,7 @@ def surprise_of(make, settings, rows):
     lambda params, settings, keys, prompts: decode.generate(
       model, params, keys, prompts, max_new_tokens=NEW, transform=make(settings)
     )
-  )(params, settings, keys_of(np.arange(rows)), prompts_of(np.zeros(rows)))
+  )(params, settings, targets.keys_of(np.arange(rows)), prompts_of(np.zeros(rows)))
   return (
     -np.asarray(samples.model_log_prob, np.float64)[:, 100:] / np.log(2),
     -np.asarray(samples.log_prob, np.float64)[:, 100:] / np.log(2),
@@ -338,7 +336,7 @@ def test_frozen_rows_keep_their_mu():
   algorithm = decode.autoregressive(
     model, params, max_length=20, max_new_tokens=15, transform=feedback.mirostat_v2(1.5), stop=(2,)
   )
-  keys = keys_of(np.arange(8))
+  keys = targets.keys_of(np.arange(8))
   state = base.start(keys, algorithm, prompts_of([1] * 8))
   step = jax.jit(algorithm.step)
   frozen = moved = 0

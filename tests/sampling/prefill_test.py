@@ -6,19 +6,9 @@ import numpy as np
 import pytest
 
 import targets
-from ancestral.sampling import base, decode
+from ancestral.sampling import decode
 
-
-def prompts_of(rows, bucket=None):
-  width = max(len(row) for row in rows) if bucket is None else bucket
-  tokens = np.zeros((len(rows), width), np.int32)
-  for b, row in enumerate(rows):
-    tokens[b, : len(row)] = row
-  return decode.Prompts(jnp.asarray(tokens), jnp.array([len(row) for row in rows], jnp.int32))
-
-
-def keys_of(requests, seed=0):
-  return base.row_keys(jax.random.key(seed), jnp.asarray(requests))
+pytestmark = pytest.mark.usefixtures("compiles_quickly")
 
 
 TARGETS = {
@@ -31,13 +21,13 @@ REQUESTS = {0: [3, 1, 4], 1: [1], 2: [5, 9, 2, 6, 5, 3, 5], 3: [8, 9, 7, 9], 4: 
 def test_prompts_wider_than_the_cache_are_refused():
   model, params = targets.markov_target()
   with pytest.raises(ValueError, match="5 tokens wide, the cache holds 4"):
-    decode.prefill(model, params, prompts_of([[1] * 5]), 4)
+    decode.prefill(model, params, targets.prompts_of([[1] * 5]), 4)
 
 
 @pytest.mark.parametrize("chunk", [1, 2, 4, 6])
 def test_prefill_in_chunks_is_the_same_cache(chunk):
   model, params = targets.tiny_target(num_layers=1)
-  prompts = prompts_of([[3, 1, 4, 1, 5, 2, 6], [2, 7], [9]], bucket=12)
+  prompts = targets.prompts_of([[3, 1, 4, 1, 5, 2, 6], [2, 7], [9]], width=12)
   fill = jax.jit(
     lambda params, prompts, chunk: decode.prefill(model, params, prompts, 14, chunk=chunk),
     static_argnums=2,
@@ -60,7 +50,7 @@ def test_prefill_reads_no_chunk_beyond_the_longest_prompt():
       model.embed(params, tokens),
     )[1]
   )
-  prompts = prompts_of([[1, 2, 3, 1, 2, 3], [1]], bucket=64)
+  prompts = targets.prompts_of([[1, 2, 3, 1, 2, 3], [1]], width=64)
   cache = jax.jit(lambda params, prompts: decode.prefill(counted, params, prompts, 64, chunk=2))(
     params, prompts
   )
@@ -87,7 +77,7 @@ def assert_same_samples(one, other):
 
 @pytest.mark.parametrize("target", TARGETS)
 def test_a_cache_that_grows_draws_the_same(target):
-  prompts, keys = prompts_of(list(REQUESTS.values())), keys_of(list(REQUESTS))
+  prompts, keys = targets.prompts_of(list(REQUESTS.values())), targets.keys_of(list(REQUESTS))
   target = TARGETS[target]()
   fixed = generated(target, prompts, keys, bucket=64)
   assert int(fixed.length.max()) > 16  # so it grows
@@ -104,8 +94,8 @@ def test_buckets_double_up_to_the_room_there_is(first, last, sizes):
 
 @pytest.mark.parametrize("target", TARGETS)
 def test_samples_of_one_prompt_share_its_prefill_and_are_those_of_repeated_prompts(target):
-  target, prompts = TARGETS[target](), prompts_of([[3, 1, 4], [1], [5, 9]])
-  keys = keys_of(np.arange(6))
+  target, prompts = TARGETS[target](), targets.prompts_of([[3, 1, 4], [1], [5, 9]])
+  keys = targets.keys_of(np.arange(6))
   shared = generated(target, prompts, keys, num_samples=2)
   repeated = jax.tree.map(lambda leaf: jnp.repeat(leaf, 2, axis=0), prompts)
   assert_same_samples(shared, generated(target, repeated, keys))
@@ -115,10 +105,10 @@ def test_samples_of_one_prompt_share_its_prefill_and_are_those_of_repeated_promp
 def test_prefill_holds_all_but_the_last_token():
   model, params = targets.tiny_target(scan_layers=False)
   rows = [[3, 1, 4, 1], [5, 9]]
-  cache = decode.prefill(model, params, prompts_of(rows), 6)
+  cache = decode.prefill(model, params, targets.prompts_of(rows), 6)
   np.testing.assert_array_equal(cache.length, [3, 1])
   assert cache.capacity == 6
-  other = decode.prefill(model, params, prompts_of([[3, 1, 4, 2], [5, 8]]), 6)
+  other = decode.prefill(model, params, targets.prompts_of([[3, 1, 4, 2], [5, 8]]), 6)
   for one, two in zip(jax.tree.leaves(cache.layers), jax.tree.leaves(other.layers), strict=True):
     np.testing.assert_array_equal(one[0, :, :3], two[0, :, :3])
     np.testing.assert_array_equal(one[1, :, :1], two[1, :, :1])

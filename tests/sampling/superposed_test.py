@@ -14,6 +14,8 @@ from ancestral.models import base as model_base
 from ancestral.sampling import base, decode, ngram, superposed
 from ancestral.sampling import logits as logits_lib
 
+pytestmark = pytest.mark.usefixtures("compiles_quickly")
+
 ROWS = [[3, 1, 4], [1], [5, 0, 2, 6, 5], [6, 2, 0, 2]]
 NEW = 6
 MAX = 5 + NEW
@@ -53,15 +55,8 @@ def transformer_target():
   return targets.tiny_target(num_layers=1, vocab_size=V)
 
 
-def keys_of(requests):
-  return base.row_keys(jax.random.key(0), jnp.asarray(requests))
-
-
-def prompts_of(rows, width=5):
-  tokens = np.zeros((len(rows), width), np.int32)
-  for b, row in enumerate(rows):
-    tokens[b, : len(row)] = row
-  return decode.Prompts(jnp.asarray(tokens), jnp.array([len(row) for row in rows], jnp.int32))
+def prompts_of(rows):
+  return targets.prompts_of(rows, 5)
 
 
 FIXED = ("model", "max_length", "num_steps", "num_drafts", "num_candidates", "counted", "stop")
@@ -93,7 +88,7 @@ def searched(target, rows=ROWS, alpha=None, temperature=1.0, max_new_tokens=NEW,
   }
   return search(
     params,
-    keys_of(range(len(rows))),
+    targets.keys_of(range(len(rows))),
     prompts_of(rows),
     settings,
     model=model,
@@ -197,7 +192,7 @@ def test_one_draft_is_greedy():
     lambda params, keys, prompts: decode.generate(
       model, params, keys, prompts, max_new_tokens=NEW, transform=logits_lib.greedy()
     )
-  )(params, keys_of(range(4)), prompts_of(ROWS))
+  )(params, targets.keys_of(range(4)), prompts_of(ROWS))
   np.testing.assert_array_equal(state.tokens[:, 0], samples.tokens)
   np.testing.assert_allclose(state.score[:, 0], samples.model_log_prob.sum(axis=1), atol=1e-5)
   np.testing.assert_array_equal(state.cache.length + 1, samples.length)
@@ -330,11 +325,11 @@ def test_compiles_once_for_all_prompts_params_settings_and_counts():
     state = base.start(keys, algorithm, prompts)
     return base.run_until(keys, algorithm, state, lambda state: state.done, NEW).tokens
 
-  first = sample(params, TABLE, 0.5, keys_of(range(4)), prompts_of(ROWS))
+  first = sample(params, TABLE, 0.5, targets.keys_of(range(4)), prompts_of(ROWS))
   negated = jax.tree.map(lambda leaf: -leaf, params)
-  other = sample(negated, TABLE, 0.1, keys_of([3, 1, 2, 0]), prompts_of(ROWS[::-1]))
+  other = sample(negated, TABLE, 0.1, targets.keys_of([3, 1, 2, 0]), prompts_of(ROWS[::-1]))
   swapped = TABLE._replace(grams=TABLE.grams[:, ::-1])
-  sample(params, swapped, 0.1, keys_of(range(4)), prompts_of(ROWS))
+  sample(params, swapped, 0.1, targets.keys_of(range(4)), prompts_of(ROWS))
   assert len(traces) == 1 and np.any(first != other)
 
 
@@ -354,7 +349,7 @@ def test_lowers_for_accelerators_under_vmap(platform):
     return base.run(keys, algorithm, base.start(keys, algorithm, prompts), 2)[0].tokens
 
   traced = jax.jit(jax.vmap(sample, in_axes=(None, 0, 0))).trace(
-    params, keys_of(range(4))[None], jax.tree.map(lambda leaf: leaf[None], prompts_of(ROWS))
+    params, targets.keys_of(range(4))[None], jax.tree.map(lambda leaf: leaf[None], prompts_of(ROWS))
   )
   assert "stablehlo" in traced.lower(lowering_platforms=(platform,)).as_text()
 
@@ -373,8 +368,8 @@ def test_bad_settings_are_named(settings, message):
 
   def sample():
     algorithm = superposed.superposed(*LINEAR, **settings)
-    state = base.start(keys_of(range(4)), algorithm, prompts_of(ROWS))
-    return algorithm.step(base.row_keys_at(keys_of(range(4)), state.step), state)[0]
+    state = base.start(targets.keys_of(range(4)), algorithm, prompts_of(ROWS))
+    return algorithm.step(base.row_keys_at(targets.keys_of(range(4)), state.step), state)[0]
 
   with pytest.raises(ValueError, match=message) as error:
     jax.eval_shape(sample)

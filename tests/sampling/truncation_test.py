@@ -12,6 +12,8 @@ import targets
 from ancestral.sampling import logits as logits_lib
 from ancestral.sampling import truncation
 
+pytestmark = pytest.mark.usefixtures("compiles_quickly")
+
 INF = np.inf
 
 
