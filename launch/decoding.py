@@ -9,7 +9,7 @@ are asked for, a text stands for its tokens.
 
 import inspect
 import json
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 from absl import flags
@@ -63,15 +63,17 @@ def from_flags(tokenizer: tokenizers.Tokenizer) -> Decoding:
         f"--{name} is no setting of --preset={preset}, which has {', '.join(parameters)}."
       )
   values = {name: _parse(name, text, parameters[name], tokenizer) for name, text in given.items()}
-  numbers = {name: value for name, value in values.items() if isinstance(value, int | float)}
+  numbers = {name: values[name] for name in values if _is_number(parameters[name])}
   if not numbers.keys() & {"temperature", "temp"}:
     numbers["temp" if "temp" in parameters else "temperature"] = 1.0
   fixed = {name: value for name, value in values.items() if name not in numbers}
   fixed |= {name: (tokenizer.eos,) for name in _STOP if name in parameters and name not in fixed}
-  if "mirostat" in numbers:  # chooses the algorithm
-    fixed["mirostat"] = int(numbers.pop("mirostat"))
   described = json.loads(json.dumps({"preset": preset, **fixed}))
   return Decoding(lambda settings: PRESETS[preset](**fixed, **settings), numbers, described)
+
+
+def _is_number(parameter) -> bool:
+  return parameter.annotation in (presets.Number, presets.Number | None)
 
 
 def _parse(name, text, parameter, tokenizer):
@@ -80,12 +82,23 @@ def _parse(name, text, parameter, tokenizer):
     value = json.loads(text)
   except json.JSONDecodeError as error:
     raise ValueError(f"--{name}={text} is not JSON: {error}.") from None
-  if parameter.annotation in (presets.Number, presets.Number | None):
+  if _is_number(parameter):
     if isinstance(value, bool) or not isinstance(value, int | float):
       raise ValueError(f"--{name}={text} is not a number.")
     return float(value)
+  if parameter.annotation is int and type(value) is not int:
+    raise ValueError(f"--{name}={text} is not a whole number.")
+  if parameter.annotation in (Sequence[int], Sequence[int] | None):
+    entries = value if isinstance(value, list) else [value]
+    if not all(type(entry) in (int, str) for entry in entries):
+      raise ValueError(f"--{name}={text} is no list of tokens or texts.")
+    coded = [tokenizer.encode(entry) if isinstance(entry, str) else [entry] for entry in entries]
+    return [token for tokens in coded for token in tokens]
   if isinstance(value, dict):
-    return {int(token): float(bias) for token, bias in value.items()}
+    try:
+      return {int(token): float(bias) for token, bias in value.items()}
+    except (TypeError, ValueError):
+      raise ValueError(f"--{name}={text} is no object of tokens and numbers.") from None
   if isinstance(value, list):
     return [tokenizer.encode(entry) if isinstance(entry, str) else entry for entry in value]
   return value

@@ -82,13 +82,17 @@ def _lines(max_new_tokens: int) -> list[Line]:
   if _PROMPTS.value is None:
     return [line._replace(prompt=prompt) for prompt in _PROMPT.value]
   path = _PROMPTS.value
-  text = sys.stdin.read() if path == "-" else pathlib.Path(path).read_text()
+  try:
+    text = sys.stdin.read() if path == "-" else pathlib.Path(path).read_text("utf-8-sig")
+  except UnicodeDecodeError as error:
+    raise ValueError(f"--prompts={path} is not UTF-8: {error}.") from None
+  rows = text.removesuffix("\n").split("\n") if text else []  # splitlines cuts at form feeds too
   if not path.endswith(".jsonl"):
-    return [line._replace(prompt=prompt) for prompt in text.splitlines()]
+    return [line._replace(prompt=prompt) for prompt in rows]
   lines = []
-  for number, row in enumerate(text.splitlines(), 1):
+  for number, row in enumerate(rows, 1):
     try:
-      lines.append(line._replace(**json.loads(row)))
+      lines.append(line._replace(**{"prompt": None, **json.loads(row)}))
       _check_kinds(lines[-1])
     except (ValueError, TypeError) as error:
       raise ValueError(
@@ -100,12 +104,13 @@ def _lines(max_new_tokens: int) -> list[Line]:
 def _check_kinds(line: Line) -> None:
   kinds = Line(str, int, int | None, list, Mapping)
   for name, value, kind in zip(Line._fields, line, kinds, strict=True):
-    if not isinstance(value, kind):
+    wrong = isinstance(value, bool) or not isinstance(value, kind)
+    if wrong or (name == "stop" and not all(isinstance(text, str) for text in value)):
       raise ValueError(f"{name} is {value!r}, of another type than it should be")
 
 
 def asks_of(experiment, drawn: decoding.Decoding, step: int) -> list[Ask]:
-  """Every sample to draw; sample j of prompt i has, unless its line says, seed i * n + j."""
+  """Every sample to draw; sample j of prompt i has seed s n + j, s its line's seed, or i."""
   max_new_tokens = _MAX_NEW_TOKENS.value or experiment.config.evaluation.max_new_tokens
   experiment_lib.check_new_tokens(experiment, max_new_tokens)
   judges = []
@@ -118,13 +123,16 @@ def asks_of(experiment, drawn: decoding.Decoding, step: int) -> list[Ask]:
     if not lines:
       raise ValueError(f"--prompts={_PROMPTS.value} holds no prompt.")
     judges = [lambda response: {}] * len(lines)
+  for line in lines:
+    for name in line.settings.keys() - drawn.settings.keys():
+      raise ValueError(f"A line sets {name}: give --{name} too, as the value of the others.")
   tokenizer, n = experiment.tokenizer, _NUM_SAMPLES.value
   asks = []
   for i, (line, judge) in enumerate(zip(lines, judges, strict=True)):
     prompt = [tokenizer.bos, *tokenizer.encode(line.prompt)]
     ending = {"ending": serve.stop_strings(tokenizer.decode, line.stop)} if line.stop else {}
     for j in range(n):
-      seed = (i * n if line.seed is None else line.seed) + j
+      seed = (i if line.seed is None else line.seed) * n + j
       request = serve.Request(prompt, line.max_new_tokens, seed, line.settings, **ending)
       record = {
         "index": i * n + j,
@@ -132,6 +140,7 @@ def asks_of(experiment, drawn: decoding.Decoding, step: int) -> list[Ask]:
         "seed": seed,
         "run_seed": _SEED.value,
         "step": step,
+        "last": flags.LAST.value,
         "max_new_tokens": line.max_new_tokens,
         "stop": list(line.stop),
         "settings": {**drawn.fixed, **drawn.settings, **line.settings},
@@ -177,8 +186,14 @@ def _finished(path: pathlib.Path, asks: Sequence[Ask]) -> set[int]:
   Raises:
     ValueError: it is of other samples than those asked for.
   """
-  whole, _, _ = path.read_bytes().rpartition(b"\n")
-  records = [json.loads(line) for line in whole.splitlines()]
+  whole, _, cut = path.read_bytes().rpartition(b"\n")
+  start = b'{"index": '
+  try:
+    records = [json.loads(line) for line in whole.split(b"\n") if whole]
+  except ValueError as error:
+    raise ValueError(f"--resume: {path} is no file of samples: {error}.") from None
+  if cut[: len(start)] != start[: len(cut)] or not all(isinstance(r, dict) for r in records):
+    raise ValueError(f"--resume: {path} is no file of samples: name another --output.")
   for record in records:
     index = record.get("index")
     expected = asks[index].record if index in range(len(asks)) else {"index": "none"}
@@ -188,6 +203,8 @@ def _finished(path: pathlib.Path, asks: Sequence[Ask]) -> set[int]:
           f"--resume: {path} has {name} {record.get(name)!r} where this command would have "
           f"{value!r}, in sample {index}: give its own flags, or another --output."
         )
+  if len({record["index"] for record in records}) < len(records):
+    raise ValueError(f"--resume: {path} has a sample twice: name another --output.")
   with open(path, "r+b") as file:
     file.truncate(len(whole) + bool(whole))
   return {record["index"] for record in records}
@@ -202,7 +219,9 @@ def _progress(total: int, done: int) -> Iterator[Callable[[serve.Progress], None
     rich.progress.MofNCompleteColumn(),
     rich.progress.TextColumn("{task.fields[rate]:.0f} tokens/s"),
   )
-  with rich.progress.Progress(*columns, console=console, disable=not console.is_terminal) as bar:
+  # On one terminal the samples themselves show how far it is.
+  hidden = not console.is_terminal or (_OUTPUT.value is None and sys.stdout.isatty())
+  with rich.progress.Progress(*columns, console=console, disable=hidden) as bar:
     task = bar.add_task("samples", total=total, completed=done, rate=0.0)
     drawn = 0
 
@@ -265,6 +284,8 @@ def _prepare():
     raise FileNotFoundError(f"--output={output}: there is no such directory, make it.")
   if output and output.exists() and not _RESUME.value:
     raise ValueError(f"--output={output} exists: give --resume to go on with it, or another name.")
+  if _NUM_PROBLEMS.value and _STOP.value:
+    raise ValueError("--stop is for prompts; answers have their own end: leave it out.")
   if _RESUME.value and not output:
     raise ValueError("--resume goes on with an --output: name it.")
   experiment, params, step = experiment_lib.restore_params(**wanted)

@@ -37,6 +37,26 @@ class Drafter(NamedTuple):
   draft: Callable[[base.Keys, logits_lib.Context, Any], tuple[Drafts, Any]]
 
 
+def without_feedback(transform: logits_lib.LogitsTransform | None) -> logits_lib.LogitsTransform:
+  """The transform, if its law at a draft needs no state that is still to be computed.
+
+  Raises:
+    ValueError: it feeds back.
+  """
+  transform = logits_lib.chain() if transform is None else transform
+  if jax.tree.leaves(jax.eval_shape(lambda: transform.init(1))):
+    raise ValueError(
+      "This transform feeds back (as Mirostat and automata do), so the law at a draft needs the "
+      "state after the drafts before it: leave it out, or decode with `decode.autoregressive`."
+    )
+  return transform
+
+
+def _check(num_drafts):
+  if num_drafts < 1:
+    raise ValueError(f"num_drafts={num_drafts}: a drafter drafts at least 1.")
+
+
 def by_model(
   model: models.LanguageModel,
   params: models.Params,
@@ -55,7 +75,8 @@ def by_model(
     num_drafts: K.
     transform: the target's; drafts of another law are accepted less often.
   """
-  transform = logits_lib.chain() if transform is None else transform
+  transform = without_feedback(transform)
+  _check(num_drafts)
 
   def init(prompts, max_length):
     return decode.prefill(model, params, prompts, max_length)
@@ -63,7 +84,8 @@ def by_model(
   def begin(context, cache):
     """The law after the context, and the cache that holds all of it."""
     first = jnp.maximum(context.length - 2, 0)
-    pair = jax.vmap(lambda row, at: jax.lax.dynamic_slice_in_dim(row, at, 2))(context.tokens, first)
+    tokens = jnp.pad(context.tokens, ((0, 0), (0, 1)))  # a buffer of one slot has no pair
+    pair = jax.vmap(lambda row, at: jax.lax.dynamic_slice_in_dim(row, at, 2))(tokens, first)
     hidden, cache = models.apply(model, params, pair, cache._replace(length=first))
     last = (context.length - 1 - first)[:, None, None]
     hidden = jnp.take_along_axis(hidden, last, axis=1)
@@ -107,6 +129,8 @@ def lookup(vocab_size: int, *, num_drafts: int, ngram: int = 2) -> Drafter:
   Reference: Saxena 2023, github.com/apoorvumang/prompt-lookup-decoding, which takes the first
   match and tries shorter n-grams.
   """
+
+  _check(num_drafts)
 
   def draft(keys, context, state):
     del keys

@@ -10,6 +10,7 @@ waits, so a straggler holds up nobody. One program serves every request of a buc
 
 import collections
 import dataclasses
+import numbers
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
@@ -142,7 +143,9 @@ def _programs(model, transform, *, max_length, stop, chunk, prefill_chunk) -> Pr
     return decode.resize(model, params, state, capacity)
 
   return Programs(
-    blank,
+    # Takes params so that its state is committed to devices where theirs are; else what follows
+    # compiles twice.
+    jax.jit(blank, static_argnums=2, keep_unused=True),
     jax.jit(resize, static_argnums=2),
     jax.jit(admit, donate_argnums=5),
     jax.jit(advance, donate_argnums=3),
@@ -223,8 +226,10 @@ def server(
     prefill_chunk: tokens of a prompt that go through the model at once.
 
   Raises:
-    ValueError: from `serve`, before anything runs: a request is not right.
+    ValueError: there are no rows; from `serve`, before anything runs: a request is not right.
   """
+  if rows < 1:
+    raise ValueError(f"rows={rows}: serving takes at least 1.")
   programs = _programs(
     model, transform, max_length=max_length, stop=stop, chunk=chunk, prefill_chunk=prefill_chunk
   )
@@ -232,6 +237,7 @@ def server(
   group = prefill_rows or max(1, rows // 8)
 
   def serve(params, key, requests, on_chunk=lambda progress: None):
+    requests = list(requests)
     for index, request in enumerate(requests):
       _check(index, request, settings, transform, vocab_size=vocab_size, max_length=max_length)
     return run(params, key, collections.deque(map(_Row, range(len(requests)), requests)), on_chunk)
@@ -257,9 +263,9 @@ def server(
       state, info = programs.advance(params, key, _slots(busy, settings), state)
       num_steps += chunk
       drawn, finished = _collect(busy, jax.device_get((info, state.step, state.done)), stop)
-      yield from finished
       num_finished += len(finished)
       on_chunk(Progress(num_steps, len(drawn), len(waiting), num_finished, drawn))
+      yield from finished
 
   return serve
 
@@ -271,12 +277,16 @@ def _check(index, request, settings, transform, *, vocab_size, max_length) -> No
   )
   if request.max_new_tokens < 1:
     raise ValueError(f"Request {index}: max_new_tokens={request.max_new_tokens}; give at least 1.")
+  if request.max_new_tokens > np.iinfo(np.int32).max:
+    raise ValueError(f"Request {index}: max_new_tokens={request.max_new_tokens} is no such number.")
   for name, value in request.settings.items():
+    if isinstance(value, bool) or not isinstance(value, numbers.Real):
+      raise ValueError(f"Request {index} sets {name} to {value!r}; it is a number.")
     if name not in settings:
       raise ValueError(
         f"Request {index} sets {name!r}; there is {', '.join(settings) or 'nothing'}."
       )
-    if isinstance(settings[name], int) and value != int(value):
+    if isinstance(settings[name], int) and not float(value).is_integer():
       raise ValueError(f"Request {index} sets {name} to {value}; it is a whole number.")
   try:
     transform({**settings, **request.settings})

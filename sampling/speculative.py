@@ -47,7 +47,7 @@ class Samples(NamedTuple):
   log_prob: jax.Array  # [B, N] of the n-th drawn token, under the law it was drawn from
   model_log_prob: jax.Array  # [B, N], under the target's own law
   num_calls: jax.Array  # [B] int32, of the target
-  num_accepted: jax.Array  # [B] int32, drafts that stood
+  num_accepted: jax.Array  # [B] int32, drafts that stood, those after a stop token included
 
 
 def speculative(
@@ -77,18 +77,12 @@ def speculative(
     verify: of a chain; block verification if None, which no chain of couplings beats.
 
   Raises:
-    ValueError: the transform feeds back: then the law at a draft depends on what is drawn before
-      it through a state that has not been computed.
+    ValueError: the transform feeds back.
 
   Reference: Leviathan et al. 2022, arXiv 2211.17192; Chen et al. 2023, arXiv 2302.01318; Sun et
   al. 2024, arXiv 2403.10444.
   """
-  transform = logits_lib.chain() if transform is None else transform
-  if jax.tree.leaves(jax.eval_shape(lambda: transform.init(1))):
-    raise ValueError(
-      "This transform feeds back (as Mirostat and automata do), so the law at a draft needs the "
-      "state after the drafts before it: leave it out, or decode with `decode.autoregressive`."
-    )
+  transform = drafting.without_feedback(transform)
   verify = coupling.block if verify is None else verify
   stop = jnp.array(stop, jnp.int32)
 

@@ -175,6 +175,8 @@ def test_a_checkpoint_to_evaluate(command, trained, snapshot, arguments, words):
     (["--prompt=1+1=", "--temperature=-1"], ("temperature(-1.0)", "at least 0")),
     (["--prompt=1+1=", "--temperature=hot"], ("--temperature=hot", "not JSON")),
     (["--prompt=1+1=", "--top_p=[1]"], ("--top_p=[1]", "not a number")),
+    (["--prompt=1+1=", "--suppress_tokens=[[1]]"], ("--suppress_tokens=", "list of tokens")),
+    (["--num_problems=2", "--stop=1"], ("--stop", "leave it out")),
     (["--prompt=1+1=", "--temp=1"], ("--temp is no setting of --preset=transformers", "top_p")),
     (["--prompt=1+1=", "--preset=llamacp"], ("--preset=llamacp", "llamacpp")),
     (["--num_problems=-1"], ("--num_problems=-1",)),
@@ -196,7 +198,10 @@ def test_a_sample(command, trained, snapshot, arguments, words):
     ('{"prompt": "1+1="', ("line 2", "prompt, max_new_tokens, seed, stop, settings")),
     ('{"promt": "1+1="}', ("line 2", "promt")),
     ('{"prompt": 3}', ("line 2", "prompt is 3")),
-    ('{"prompt": "1+1=", "settings": {"top_p": 0.5}}', ("Request 1 sets 'top_p'", "temperature")),
+    ('{"seed": 3}', ("line 2", "prompt is None")),
+    ('{"prompt": "1+1=", "stop": [3]}', ("line 2", "stop is [3]")),
+    ('{"prompt": "1+1=", "settings": {"temperature": null}}', ("Request 1", "it is a number")),
+    ('{"prompt": "1+1=", "settings": {"top_p": 0.5}}', ("A line sets top_p", "give --top_p too")),
     ('{"prompt": "1+1=", "max_new_tokens": 0}', ("Request 1", "max_new_tokens=0")),
   ],
 )
@@ -212,6 +217,11 @@ def test_what_is_written_is_not_overwritten_nor_mixed(command, trained, tmp_path
   check(command(sample, *again), "exists", "--resume")
   check(command(sample, *again, "--resume", "--seed=3"), "run_seed 0", "would have 3")
   check(command(sample, *again, "--resume", "--top_k=3"), "settings")
+  notes = tmp_path / "notes.txt"
+  notes.write_text("one line, and no end of it")
+  other = [*again[:2], f"--output={notes}", "--resume"]
+  check(command(sample, *other), "notes.txt is no file of samples")
+  assert notes.read_text() == "one line, and no end of it"
   assert (tmp_path / "samples.jsonl").read_bytes() == written
 
 

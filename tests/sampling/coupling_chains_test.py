@@ -12,6 +12,8 @@ import targets
 from ancestral.sampling import coupling
 from ancestral.sampling import logits as logits_lib
 
+pytestmark = pytest.mark.usefixtures("compiles_quickly")
+
 BINARY = (
   -1,
   -1,

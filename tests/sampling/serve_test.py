@@ -134,6 +134,23 @@ def test_one_program_for_each_bucket_whatever_the_requests():
   assert len(traced) == before
 
 
+def test_params_placed_on_a_device_compile_no_more_than_others():
+  model, params = targets.table_target(vocab_size=23, order=2)
+  compiled = []
+  jax.monitoring.register_event_duration_secs_listener(
+    lambda name, *_, **__: compiled.append(name) if "backend_compile" in name else None
+  )
+  counts = []
+  for given in (params, jax.device_put(params, jax.devices()[0])):
+    run = serve.server(
+      model, transform, settings=SETTINGS, rows=2, vocab_size=23, max_length=32, bucket=32
+    )
+    before = len(compiled)
+    list(run(given, jax.random.key(3), mixed_requests(4)))
+    counts.append(len(compiled) - before)
+  assert 2 <= counts[1] <= counts[0]
+
+
 def greedy_schedule(lengths, rows):
   """Steps that a list schedule takes: the next request goes to the row that is free first."""
   free = [0] * rows
