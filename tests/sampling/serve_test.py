@@ -141,14 +141,14 @@ def test_params_placed_on_a_device_compile_no_more_than_others():
     lambda name, *_, **__: compiled.append(name) if "backend_compile" in name else None
   )
   counts = []
-  for given in (params, jax.device_put(params, jax.devices()[0])):
+  for given in (params, params, jax.device_put(params, jax.devices()[0])):
     run = serve.server(
       model, transform, settings=SETTINGS, rows=2, vocab_size=23, max_length=32, bucket=32
     )
     before = len(compiled)
     list(run(given, jax.random.key(3), mixed_requests(4)))
     counts.append(len(compiled) - before)
-  assert 2 <= counts[1] <= counts[0]
+  assert 2 <= counts[2] <= counts[1]  # the first compiles what is not its own, too
 
 
 def greedy_schedule(lengths, rows):
