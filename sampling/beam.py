@@ -219,12 +219,11 @@ class _Candidates(NamedTuple):
 
 
 def _init(search, keys, prompts):
-  batch_size, width = prompts.tokens.shape
+  batch_size = prompts.length.size
   num_beams, max_length = search.num_beams, search.max_length
   each = lambda leaf: jnp.repeat(leaf[:, None], num_beams, axis=1)
   cache = decode.prefill(search.model, search.params, prompts, max_length)
-  in_prompt = jnp.arange(width)[None, :] < prompts.length[:, None]
-  tokens = jnp.pad(jnp.where(in_prompt, prompts.tokens, 0), ((0, 0), (0, max_length - width)))
+  tokens = decode.buffer(prompts, max_length)
   beam = jnp.arange(num_beams)[None, :]
   # One beam of a group is the prompt; the others would be copies of it.
   first = beam % (num_beams // search.ranking.num_groups) == 0

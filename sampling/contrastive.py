@@ -86,7 +86,7 @@ def contrastive(
     step = jnp.zeros(prompts.length.shape, jnp.int32)
     return ContrastiveState(
       step=step,
-      tokens=_widen(jnp.where(_held(prompts.length, hidden), prompts.tokens, 0), max_length),
+      tokens=decode.buffer(prompts, max_length),
       length=prompts.length,
       done=is_full(prompts.length, step),
       cache=cache._replace(length=prompts.length - 1),

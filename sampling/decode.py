@@ -114,6 +114,13 @@ def pad_prompts(
   return Prompts(jnp.asarray(tokens), jnp.asarray(lengths))
 
 
+def buffer(prompts: Prompts, size: int) -> jax.Array:
+  """The prompts where decoding writes on: [B, size] int32, zeros after each."""
+  width = prompts.tokens.shape[1]
+  inside = jnp.arange(width)[None, :] < prompts.length[:, None]
+  return jnp.pad(jnp.where(inside, prompts.tokens, 0), ((0, 0), (0, size - width)))
+
+
 def prefill(
   model: models.LanguageModel,
   params: models.Params,
@@ -190,13 +197,16 @@ def autoregressive(
     slots = max_length if capacity is None else capacity
     cache = prefill(model, params, prompts, slots, chunk=prefill_chunk)
     repeat = lambda leaf: jnp.repeat(leaf, num_samples, axis=0)
-    (tokens, length), cache = jax.tree.map(repeat, (prompts, cache))
-    batch_size, width = tokens.shape
-    tokens = jnp.where(jnp.arange(width)[None, :] < length[:, None], tokens, 0)
-    tokens = jnp.pad(tokens, ((0, 0), (0, slots - width)))
-    step = jnp.zeros(batch_size, jnp.int32)
+    prompts, cache = jax.tree.map(repeat, (prompts, cache))
+    length = prompts.length
+    step = jnp.zeros(length.size, jnp.int32)
     return DecodeState(
-      step, tokens, length, is_full(length, step), cache, transform.init(batch_size)
+      step,
+      buffer(prompts, slots),
+      length,
+      is_full(length, step),
+      cache,
+      transform.init(length.size),
     )
 
   def step(keys, state):

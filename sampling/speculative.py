@@ -92,12 +92,9 @@ def speculative(
   def init(keys, prompts):
     del keys
     cache = decode.prefill(model, params, prompts, max_length)
-    width = prompts.tokens.shape[1]
-    inside = jnp.arange(width)[None, :] < prompts.length[:, None]
-    tokens = jnp.pad(jnp.where(inside, prompts.tokens, 0), ((0, 0), (0, max_length - width)))
     return SpeculativeState(
       step=jnp.zeros_like(prompts.length),
-      tokens=tokens,
+      tokens=decode.buffer(prompts, max_length),
       length=prompts.length,
       prompt_length=prompts.length,
       done=room(prompts.length, prompts.length) <= 0,

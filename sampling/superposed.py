@@ -187,10 +187,9 @@ def _times(factor, log_prob):
 
 
 def _start(model, params, prompts, max_length, num_drafts, is_full):
-  batch_size, width = prompts.tokens.shape
+  batch_size = prompts.length.size
   cache = decode.prefill(model, params, prompts, max_length)
-  in_prompt = jnp.arange(width)[None, :] < prompts.length[:, None]
-  tokens = jnp.pad(jnp.where(in_prompt, prompts.tokens, 0), ((0, 0), (0, max_length - width)))
+  tokens = decode.buffer(prompts, max_length)
   score = jnp.where(jnp.arange(num_drafts) == 0, 0, -jnp.inf).astype(jnp.float32)
   state = SuperposedState(
     step=jnp.zeros(batch_size, jnp.int32),
