@@ -191,6 +191,7 @@ def test_every_field_is_read_by_something(module, variant, tmp_path, monkeypatch
       "_SEED": 0,
     }.items():
       monkeypatch.setattr(sample, name, Flag(value))
+    monkeypatch.setattr(sample.flags, "LAST", Flag(False))
     plain = decoding.Decoding(lambda settings: logits.chain(), {}, {})
     asks = sample.asks_of(built, plain, 0)
     assert len(list(sample.draw(built, params, asks, plain, lambda progress: None))) == 1
