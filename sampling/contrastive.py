@@ -77,23 +77,8 @@ def contrastive(
 
   def init(keys, prompts):
     del keys
-    _check_width(prompts, max_length)
-    hidden, cache = _read(model, params, prompts, max_length + k - 1)
-    last = jnp.take_along_axis(hidden, prompts.length[:, None, None] - 1, axis=1)[:, 0]
-    logits = model.readout(params, last)
-    if k > logits.shape[-1]:
-      raise ValueError(f"k({k}): it has to be at most {logits.shape[-1]}, the vocabulary.")
-    step = jnp.zeros(prompts.length.shape, jnp.int32)
-    return ContrastiveState(
-      step=step,
-      tokens=decode.buffer(prompts, max_length),
-      length=prompts.length,
-      done=is_full(prompts.length, step),
-      cache=cache._replace(length=prompts.length - 1),
-      directions=_widen(_direction(hidden), max_length),
-      logits=logits,
-      transform=transform.init(prompts.length.size),
-    )
+    state = _start(model, params, prompts, transform, max_length, k)
+    return state._replace(done=is_full(state.length, state.step))
 
   def step(keys, state):
     del keys
@@ -128,6 +113,27 @@ def contrastive(
     return state, jax.tree.map(lambda leaf: jnp.where(active, leaf, 0), info)
 
   return base.SamplingAlgorithm(init, step)
+
+
+def _start(model, params, prompts, transform, max_length, k):
+  """The state that has read the prompts whole."""
+  _check_width(prompts, max_length)
+  hidden, cache = _read(model, params, prompts, max_length + k - 1)
+  last = jnp.take_along_axis(hidden, prompts.length[:, None, None] - 1, axis=1)[:, 0]
+  logits = model.readout(params, last)
+  if k > logits.shape[-1]:
+    raise ValueError(f"k({k}): it has to be at most {logits.shape[-1]}, the vocabulary.")
+  batch_size = prompts.length.size
+  return ContrastiveState(
+    step=jnp.zeros(batch_size, jnp.int32),
+    tokens=decode.buffer(prompts, max_length),
+    length=prompts.length,
+    done=jnp.zeros(batch_size, bool),
+    cache=cache._replace(length=prompts.length - 1),
+    directions=_widen(_direction(hidden), max_length),
+    logits=logits,
+    transform=transform.init(batch_size),
+  )
 
 
 def _check_width(prompts, max_length):
