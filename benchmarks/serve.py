@@ -9,6 +9,7 @@ counted, and stand beside the greedy list schedule of the same lengths, which no
 lets a scheduler beat by more than its last request. Lengths are set by `max_new_tokens`.
 """
 
+import functools
 import heapq
 import json
 import time
@@ -43,7 +44,7 @@ def list_schedule(lengths, rows) -> int:
 def refilled(model, params, prompts, lengths):
   """(seconds, steps, rows busy in each chunk) of serving all requests, compiled before."""
   run = serve.server(
-    model,
+    functools.partial(decode.autoregressive, model),
     lambda settings: logits.temperature(settings["temperature"]),
     settings={"temperature": 1.0},
     rows=_ROWS.value,

@@ -17,6 +17,7 @@ interrupted command goes on with --resume.
 """
 
 import contextlib
+import functools
 import json
 import pathlib
 import sys
@@ -31,7 +32,7 @@ import rich.text
 from absl import flags as absl_flags
 
 from ..evaluation import attempts
-from ..sampling import serve
+from ..sampling import decode, serve
 from . import decoding, flags
 from . import experiment as experiment_lib
 
@@ -257,7 +258,7 @@ def draw(
     ValueError: before anything is drawn, a prompt or a setting is not right.
   """
   run = serve.server(
-    experiment.model,
+    functools.partial(decode.autoregressive, experiment.model),
     drawn.transform,
     settings=drawn.settings,
     rows=min(len(asks), experiment.config.evaluation.batch_size) or 1,

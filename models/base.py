@@ -22,6 +22,13 @@ class Cache(Protocol):
 
   def _replace(self, **fields) -> "Cache": ...
 
+  def moved(self, source: jax.Array, target: jax.Array) -> "Cache":
+    """The entries of slots source [B, n] in slots target [B, n] as well; beyond, dropped.
+
+    What a tree of tokens needs, whose accepted path does not lie in neighbouring slots.
+    """
+    ...
+
 
 class LanguageModel(NamedTuple):
   """A distribution over token sequences, p(x) = prod_t p(x_t | x_<t), as five pure functions.

@@ -84,6 +84,13 @@ def write(cache: KeyValues, new: KeyValues, slots: jax.Array) -> KeyValues:
   return jax.tree.map(put, cache, new)
 
 
+def read(cache: KeyValues, slots: jax.Array) -> KeyValues:
+  """The entries [B, K, L, C] at slots[b, :], what `write` would store there again."""
+  return jax.tree.map(
+    lambda held: jnp.take_along_axis(held, slots[:, None, :, None], axis=2, mode="clip"), cache
+  )
+
+
 def rotary_angles(positions: jax.Array, channels: int, base: float) -> jax.Array:
   """Angles [B, L, C / 2] in radians: position * base^(-2 i / C), float32."""
   frequencies = base ** (-jnp.arange(0, channels, 2, dtype=jnp.float32) / channels)

@@ -17,6 +17,12 @@ class TokenCache(NamedTuple):
   length: jax.Array  # [B] int32
   tokens: jax.Array  # [B, S] int32
 
+  def moved(self, source: jax.Array, target: jax.Array) -> "TokenCache":
+    """See `base.Cache`."""
+    rows = jnp.arange(source.shape[0])[:, None]
+    tokens = self.tokens.at[rows, target].set(self.tokens[rows, source], mode="drop")
+    return self._replace(tokens=tokens)
+
 
 def from_conditionals(
   init: Callable[[jax.Array], base.Params],
@@ -26,7 +32,8 @@ def from_conditionals(
   """The language model with log p(x_t | x_<t) = next_logits(params, tokens [S], t) up to Z.
 
   `next_logits` sees one row; entries of `tokens` at t and beyond are not to be read. Hidden states
-  are the logits themselves, and embeddings are one-hot.
+  are the logits themselves, and embeddings are one-hot. Given a mask, a token's prefix is what it
+  may attend to, in the order of slots; its length is the position, whatever `positions` say.
   """
 
   def init_cache(params, batch_size, max_length):
@@ -36,20 +43,20 @@ def from_conditionals(
     )
 
   def trunk(params, x, cache=None, *, positions=None, mask=None, key=None):
-    if positions is not None or mask is not None:
-      raise ValueError(
-        "A toy model counts its own positions and reads the whole prefix: call it "
-        "without positions and mask."
-      )
-    del key
+    del positions, key
     new = jnp.argmax(x, axis=-1).astype(jnp.int32)
     batch_size, length = new.shape
     held = init_cache(params, batch_size, length) if cache is None else cache
     slots = held.length[:, None] + jnp.arange(length)[None, :]
     rows = jnp.arange(batch_size)[:, None]
     tokens = held.tokens.at[rows, slots].set(new, mode="drop")
-    per_position = jax.vmap(next_logits, in_axes=(None, None, 0))
-    hidden = jax.vmap(per_position, in_axes=(None, 0, 0))(params, tokens, slots + 1)
+    if mask is None:
+      per_position = jax.vmap(next_logits, in_axes=(None, None, 0))
+      hidden = jax.vmap(per_position, in_axes=(None, 0, 0))(params, tokens, slots + 1)
+    else:
+      mask &= jnp.arange(tokens.shape[1])[None, None, :] <= slots[:, :, None]
+      per_position = jax.vmap(_seen_logits(next_logits), in_axes=(None, None, 0))
+      hidden = jax.vmap(per_position, in_axes=(None, 0, 0))(params, tokens, mask)
     return hidden, None if cache is None else TokenCache(held.length + length, tokens)
 
   return base.LanguageModel(
@@ -59,6 +66,14 @@ def from_conditionals(
     trunk=trunk,
     readout=lambda params, hidden: hidden.astype(jnp.float32),
   )
+
+
+def _seen_logits(next_logits):
+  def of_seen(params, tokens, seen):
+    first = jnp.argsort(~seen, stable=True)
+    return next_logits(params, tokens[first], jnp.sum(seen))
+
+  return of_seen
 
 
 def table(vocab_size: int, order: int) -> base.LanguageModel:

@@ -94,6 +94,11 @@ class Cache(NamedTuple):
     """S, the number of tokens a row can hold."""
     return self.layers[0].keys.shape[2]
 
+  def moved(self, source: jax.Array, target: jax.Array) -> "Cache":
+    """See `base.Cache`."""
+    move = lambda held: layers.write(held, layers.read(held, source), target)
+    return self._replace(layers=tuple(move(held) for held in self.layers))
+
 
 class Block(nn.Module):
   """x + attention(norm(x)), then x + mlp(norm(x)), with dropout on both branches."""
@@ -220,6 +225,11 @@ def _trunk(c, params, x, cache=None, *, positions=None, mask=None, key=None):
     raise ValueError(
       "A bidirectional model needs a mask with a cache: what is not written yet "
       "would be attended to."
+    )
+  if cache is not None and c.window is not None and mask is not None:
+    raise ValueError(
+      "A sliding window counts slots of the cache, which are not positions where a mask lets "
+      "several tokens share one: leave out the mask, or the window."
     )
   positions = _spread(c, slots if positions is None else positions, position_key)
   if c.positions == "learned":

@@ -110,6 +110,21 @@ def admit(state: Any, fresh: Any, slots: jax.Array) -> Any:
   return jax.tree.map(lambda old, new: old.at[slots].set(new, mode="drop"), state, fresh)
 
 
+def resized(state: Any, shapes: Any) -> Any:
+  """The state in arrays of other shapes: cut at their ends, or filled up with zeros.
+
+  Args:
+    state: of buffers for some number of tokens.
+    shapes: of the same algorithm's state for another, from `jax.eval_shape`.
+  """
+
+  def fit(leaf, shape):
+    widths = [(0, new - old, 0) for old, new in zip(leaf.shape, shape.shape, strict=True)]
+    return jax.lax.pad(leaf, jnp.zeros((), leaf.dtype), widths)
+
+  return jax.tree.map(fit, state, shapes)
+
+
 class Recorded(NamedTuple):
   """A sampler's state and what was seen at each row's own steps."""
 

@@ -50,9 +50,8 @@ def contrastive(
   others, and the next call writes over them; the chosen one's hidden state gives the next logits.
   Rows are not repeated and no cache is copied (transformers and Tunix repeat the cache k times).
 
-  The candidates take k neighbouring slots, so a model with a sliding window, which counts slots,
-  shows candidate i up to i tokens less than its window. Models that refuse `positions` and `mask`
-  (the toy ones) cannot be searched so.
+  Models that refuse `positions` and `mask` (guided ones, those with a sliding window) cannot be
+  searched so.
 
   Args:
     model: the model.
@@ -98,7 +97,7 @@ def contrastive(
     stopped = jnp.any(token[:, None] == stop[None, :], axis=1)
     fed_back = transform.update(state.logits, token, state.transform)
     info = decode.DecodeInfo(
-      token, jnp.zeros(token.shape), logits_lib.log_prob(state.logits, token)
+      token, count, jnp.zeros(token.shape), logits_lib.log_prob(state.logits, token)
     )
     state = ContrastiveState(
       step=steps,

@@ -23,6 +23,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from . import logits as logits_lib
+from . import trees
 
 
 class Judgement(NamedTuple):
@@ -256,8 +257,7 @@ def chain(rule: Rule) -> Verify:
   """
 
   def verify(keys, drafts, draft_logits, target_logits):
-    links = tree(rule, range(-1, drafts.shape[-1] - 1))
-    return links(keys, drafts, draft_logits, target_logits)
+    return tree(rule, trees.chain(drafts.shape[-1]))(keys, drafts, draft_logits, target_logits)
 
   return verify
 
@@ -280,14 +280,10 @@ def tree(rule: Rule, parents: Sequence[int]) -> Verify:
 
   Reference: Miao et al. 2023 (SpecInfer), arXiv 2305.09781.
   """
-  parents = tuple(parents)
-  wrong = [i for i, parent in enumerate(parents) if not -1 <= parent < i]
-  if wrong:
-    raise ValueError(f"tree: draft {wrong[0]} continues {parents[wrong[0]]}; parents come first.")
-  families = _families(parents)
-  lineage = _lineage(parents)  # [K, K]: the ancestors of each draft, and itself
+  parents = trees.checked(parents)
+  families, lineage = trees.families(parents), trees.lineage(parents)
   depth = lineage.sum(axis=1)
-  levels = np.arange(1, max(depth, default=0) + 1)
+  levels = np.arange(1, max(depth) + 1)
 
   def one(key, drafts, draft_logits, target_logits):
     coin_key, token_key = jax.random.split(key)
@@ -318,24 +314,6 @@ def tree(rule: Rule, parents: Sequence[int]) -> Verify:
     return Verdict(num_accepted, token, accept_prob, path.astype(jnp.int32))
 
   return functools.partial(_per_row, one)
-
-
-def _families(parents):
-  """(rows of the target's logits [G], children [G, n]) of the nodes with n children, for each n."""
-  children = {}
-  for i, parent in enumerate(parents):
-    children.setdefault(parent + 1, []).append(i)
-  sizes = sorted({len(some) for some in children.values()})
-  rows = {n: [at for at, some in children.items() if len(some) == n] for n in sizes}
-  return [(np.array(rows[n]), np.array([children[at] for at in rows[n]])) for n in sizes]
-
-
-def _lineage(parents):
-  lineage = np.eye(len(parents), dtype=bool)
-  for i, parent in enumerate(parents):
-    if parent >= 0:
-      lineage[i] |= lineage[parent]
-  return lineage
 
 
 def block_law(drafts: jax.Array, log_q: jax.Array, log_p: jax.Array) -> tuple[jax.Array, jax.Array]:

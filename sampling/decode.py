@@ -9,8 +9,8 @@ baked into the program and one compilation serves every update and every prompt 
       return decode.generate(model, params, keys, prompts, max_new_tokens=64, transform=transform)
 """
 
-from collections.abc import Sequence
-from typing import NamedTuple
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -48,6 +48,7 @@ class DecodeInfo(NamedTuple):
   """What a step did. A frozen row's entries are 0."""
 
   token: jax.Array  # [B] int32
+  count: jax.Array  # [B] int32, tokens drawn: 1
   log_prob: jax.Array  # [B], of the law that the token was drawn from; 0 under greedy
   model_log_prob: jax.Array  # [B], of the model's own law
 
@@ -128,12 +129,16 @@ def prefill(
   max_length: int,
   *,
   chunk: int = 512,
+  spare: int = 0,
 ) -> models.Cache:
   """A cache for `max_length` tokens that holds each prompt but its last token.
 
   The last token is left to the first step, so that every step is one call of the model and one
   draw. Prompts go through the model `chunk` tokens at a time, as far as the longest of them, so
   wide padding costs nothing. Shorter rows are written with padding, and rewound.
+
+  With `spare`, it has that many slots more, for tokens that share positions; the model is then told
+  its positions, for there may be none of the last slots.
   """
   batch_size, width = prompts.tokens.shape
   if width > max_length:
@@ -141,19 +146,23 @@ def prefill(
       f"The prompts are {width} tokens wide, the cache holds {max_length}: raise "
       "max_length or shorten the prompts."
     )
-  cache = model.init_cache(params, batch_size, max_length)
+  cache = model.init_cache(params, batch_size, max_length + spare)
   held = prompts.length - 1
+
+  def read(tokens, start, cache):
+    positions = jnp.broadcast_to(start + jnp.arange(tokens.shape[1])[None, :], tokens.shape)
+    told = {"positions": positions} if spare else {}
+    return models.apply(model, params, tokens, cache, **told)[1]
+
   if width - 1 <= chunk:
-    if width > 1:
-      _, cache = models.apply(model, params, prompts.tokens[:, :-1], cache)
+    cache = read(prompts.tokens[:, :-1], 0, cache) if width > 1 else cache
     return cache._replace(length=held)
   tokens = jnp.pad(prompts.tokens, ((0, 0), (0, -width % chunk)))
 
-  def read(i, cache):
-    part = jax.lax.dynamic_slice_in_dim(tokens, i * chunk, chunk, axis=1)
-    return models.apply(model, params, part, cache)[1]
+  def read_part(i, cache):
+    return read(jax.lax.dynamic_slice_in_dim(tokens, i * chunk, chunk, axis=1), i * chunk, cache)
 
-  cache = jax.lax.fori_loop(0, -(-jnp.max(held) // chunk), read, cache)
+  cache = jax.lax.fori_loop(0, -(-jnp.max(held) // chunk), read_part, cache)
   return cache._replace(length=held)
 
 
@@ -182,8 +191,8 @@ def autoregressive(
     transform: of the logits; None leaves the model's law.
     stop: tokens that end a row, kept as its last.
     num_samples: rows for each prompt, neighbours that share its prefill; B counts them all.
-    capacity: S, the slots to begin with, `max_length` if None. Whoever gives less has to `resize`
-      the state before a row `is_cramped`.
+    capacity: S, the slots to begin with, `max_length` if None. Whoever gives less has to resize
+      the state (`base.resized`) before a row `is_cramped`.
     prefill_chunk: tokens of the prompts that go through the model at once.
   """
   transform = logits_lib.chain() if transform is None else transform
@@ -225,7 +234,7 @@ def autoregressive(
     slot = jnp.where(active, state.length, state.tokens.shape[1])  # out of bounds: dropped
     stopped = jnp.any(token[:, None] == stop[None, :], axis=1)
     info = DecodeInfo(
-      token, logits_lib.log_prob(logits, token), logits_lib.log_prob(model_logits, token)
+      token, count, logits_lib.log_prob(logits, token), logits_lib.log_prob(model_logits, token)
     )
     state = DecodeState(
       step=steps,
@@ -245,26 +254,6 @@ def is_cramped(state: DecodeState) -> jax.Array:
   return jnp.any(~state.done & (state.length >= state.tokens.shape[1]))
 
 
-def resize(
-  model: models.LanguageModel, params: models.Params, state: DecodeState, capacity: int
-) -> DecodeState:
-  """The same state in `capacity` slots, more or fewer, so that attention reads what is written."""
-  batch_size = state.done.shape[0]
-
-  def fit(leaf, shape):
-    return jax.lax.pad(
-      leaf,
-      jnp.zeros((), leaf.dtype),
-      [(0, new - old, 0) for old, new in zip(leaf.shape, shape.shape, strict=True)],
-    )
-
-  empty = jax.eval_shape(lambda: model.init_cache(params, batch_size, capacity))
-  tokens = jax.ShapeDtypeStruct((batch_size, capacity), state.tokens.dtype)
-  return state._replace(
-    tokens=fit(state.tokens, tokens), cache=jax.tree.map(fit, state.cache, empty)
-  )
-
-
 def buckets(first: int, last: int) -> tuple[int, ...]:
   """Powers of two from `first` (rounded up) on, and `last` in place of those above it."""
   sizes = []
@@ -273,6 +262,28 @@ def buckets(first: int, last: int) -> tuple[int, ...]:
     sizes.append(size)
     size *= 2
   return (*sizes, last)
+
+
+def grown(
+  keys: base.Keys,
+  algorithm: Callable[[int], base.SamplingAlgorithm],
+  prompts: Prompts,
+  sizes: Sequence[int],
+  is_done: Callable[[Any], jax.Array],
+  max_steps: int,
+) -> Any:
+  """Runs `algorithm(size)` from the prompts on, in states of each of `sizes` slots in turn.
+
+  Attention then reads little more than what is written. A row that is cramped counts as done, until
+  its state has the next size.
+  """
+  begin = lambda size: base.start(keys, algorithm(size), prompts)
+  state = begin(sizes[0])
+  for size in sizes:
+    if size != sizes[0]:
+      state = base.resized(state, jax.eval_shape(lambda size=size: begin(size)))
+    state = base.run_until(keys, algorithm(size), state, is_done, max_steps)
+  return state
 
 
 def generate(
@@ -296,29 +307,29 @@ def generate(
   """
   width = prompts.tokens.shape[1]
   sizes = buckets(max(bucket, width + 1), width + max_new_tokens)
-  algorithm = base.recorded(
-    autoregressive(
-      model,
-      params,
-      max_length=sizes[-1],
-      max_new_tokens=max_new_tokens,
-      transform=transform,
-      stop=stop,
-      num_samples=num_samples,
-      capacity=sizes[0],
-    ),
-    observe=lambda state, info: (info.log_prob, info.model_log_prob),
-    capacity=max_new_tokens,
-  )
-  recorded = base.start(keys, algorithm, prompts)
-  for size in sizes:
-    state = resize(model, params, recorded.state, size)
-    recorded = base.run_until(
-      keys,
-      algorithm,
-      recorded._replace(state=state),
-      lambda recorded: recorded.state.done | is_cramped(recorded.state),
-      max_new_tokens,
+
+  def algorithm(capacity):
+    return base.recorded(
+      autoregressive(
+        model,
+        params,
+        max_length=sizes[-1],
+        max_new_tokens=max_new_tokens,
+        transform=transform,
+        stop=stop,
+        num_samples=num_samples,
+        capacity=capacity,
+      ),
+      observe=lambda state, info: (info.log_prob, info.model_log_prob),
+      capacity=max_new_tokens,
     )
-  state, (log_prob, model_log_prob) = recorded
+
+  state, (log_prob, model_log_prob) = grown(
+    keys,
+    algorithm,
+    prompts,
+    sizes,
+    lambda recorded: recorded.state.done | is_cramped(recorded.state),
+    max_new_tokens,
+  )
   return Samples(state.tokens, state.length, state.prompt_length, log_prob, model_log_prob)

@@ -1,7 +1,10 @@
 """Drafters: where the tokens come from that speculative decoding verifies.
 
-A drafter proposes K tokens that continue a text, with the law each was drawn from. Good ones are
-likely under the target; any is correct, since `coupling` corrects for its law.
+A drafter proposes K tokens that continue a text, a chain or a tree of them, with the law each was
+drawn from. Good ones are likely under the target; any is correct, since `coupling` corrects for its
+law. Here are the interface and drafts by a model, which may be the target itself leaving early
+(`transformer.early_exit`); `draft_trees` has trees, `lookup` drafts without a model, `features`
+drafts from the target's own hidden states.
 """
 
 from collections.abc import Callable
@@ -11,12 +14,12 @@ import jax
 import jax.numpy as jnp
 
 from ..models import base as models
-from . import base, decode
+from . import acceptance, base, coupling, decode, trees
 from . import logits as logits_lib
 
 
 class Drafts(NamedTuple):
-  """A chain of K drafted tokens."""
+  """K drafted tokens."""
 
   tokens: jax.Array  # [B, K] int32
   logits: jax.Array  # [B, K, V] of the law that each was drawn from; all -inf where there is none
@@ -26,15 +29,27 @@ class Drafter(NamedTuple):
   """How to draft K tokens.
 
   Attributes:
-    num_drafts: K.
-    init: (prompts, max_length) -> State, leaves [B, ...].
+    parents: which draft continues which, K of them; see `trees`.
+    init: (prompts, capacity) -> State, leaves [B, ...]; capacity counts the slots of a row.
     draft: (keys [B], context, state) -> (Drafts, State). The state may have read any prefix of the
       context's tokens, and tokens that were refused since; what it goes by is the context.
+    observe: (hidden [B, K + 1, D], verdict, state) -> State: what the target made of the last token
+      of the text and of each draft.
+    verify: a lossless Verify for drafts drawn this way.
+    optimum: (log_q, log_p, n) -> [...], the best acceptance of n drafts of one parent.
   """
 
-  num_drafts: int
+  parents: trees.Parents
   init: Callable[[decode.Prompts, int], Any]
   draft: Callable[[base.Keys, logits_lib.Context, Any], tuple[Drafts, Any]]
+  observe: Callable[[jax.Array, coupling.Verdict, Any], Any] = lambda hidden, verdict, state: state
+  verify: coupling.Verify = coupling.block
+  optimum: Callable[[jax.Array, jax.Array, int], jax.Array] = acceptance.optimal_acceptance
+
+
+# (hidden [B, D] that the draft is drawn from, draft [B], its law's logits [B, V]) -> [B], an
+# estimate of the probability that it is accepted if those before it are.
+Confidence = Callable[[jax.Array, jax.Array, jax.Array], jax.Array]
 
 
 def without_feedback(transform: logits_lib.LogitsTransform | None) -> logits_lib.LogitsTransform:
@@ -52,19 +67,16 @@ def without_feedback(transform: logits_lib.LogitsTransform | None) -> logits_lib
   return transform
 
 
-def _check(num_drafts):
-  if num_drafts < 1:
-    raise ValueError(f"num_drafts={num_drafts}: a drafter drafts at least 1.")
-
-
 def by_model(
   model: models.LanguageModel,
   params: models.Params,
   *,
   num_drafts: int,
   transform: logits_lib.LogitsTransform | None = None,
+  confidence: Confidence | None = None,
+  threshold: float | jax.Array = 0.3,
 ) -> Drafter:
-  """Drafts x_t ~ transform(q(. | x_<t)) by another model, K calls of it in a row.
+  """Drafts a chain x_t ~ transform(q(. | x_<t)) by another model, K calls of it in a row.
 
   The first call reads the last two tokens: after a step that accepted every draft, the cache lacks
   the one before the last. Reading it again costs less than a call of its own.
@@ -72,80 +84,118 @@ def by_model(
   Args:
     model: a smaller model of the same vocabulary.
     params: its parameters, unstacked.
-    num_drafts: K.
+    num_drafts: K; with `confidence`, the most.
     transform: the target's; drafts of another law are accepted less often.
+    confidence: see `chain_of`.
+    threshold: see `chain_of`.
   """
   transform = without_feedback(transform)
-  _check(num_drafts)
 
-  def init(prompts, max_length):
-    return decode.prefill(model, params, prompts, max_length)
-
-  def begin(context, cache):
-    """The law after the context, and the cache that holds all of it."""
-    first = jnp.maximum(context.length - 2, 0)
-    tokens = jnp.pad(context.tokens, ((0, 0), (0, 1)))  # a buffer of one slot has no pair
-    pair = jax.vmap(lambda row, at: jax.lax.dynamic_slice_in_dim(row, at, 2))(tokens, first)
-    hidden, cache = models.apply(model, params, pair, cache._replace(length=first))
-    last = (context.length - 1 - first)[:, None, None]
-    hidden = jnp.take_along_axis(hidden, last, axis=1)
-    return hidden[:, 0], cache._replace(length=context.length)
+  def init(prompts, capacity):
+    return decode.prefill(model, params, prompts, capacity)
 
   def draft(keys, context, cache):
-    hidden, cache = begin(context, cache)
-    rows = jnp.arange(keys.shape[0])
-
-    def draw(i, hidden, context):
-      law = transform.apply(model.readout(params, hidden), context, ())
-      token = logits_lib.draw(base.row_keys_at(keys, jnp.full(keys.shape, i)), law)
-      tokens = context.tokens.at[rows, context.length].set(token, mode="drop")
-      return law, token, context._replace(tokens=tokens, length=context.length + 1)
-
-    def body(carry, i):
-      hidden, cache, context = carry
-      law, token, context = draw(i, hidden, context)
-      hidden, cache = models.apply(model, params, token[:, None], cache)
-      return (hidden[:, 0], cache, context), (token, law)
-
-    carry = hidden, cache, context
-    (hidden, cache, context), drawn = jax.lax.scan(body, carry, jnp.arange(num_drafts - 1))
-    law, token, _ = draw(num_drafts - 1, hidden, context)  # nothing reads the last draft
-    tokens, laws = jax.tree.map(
-      lambda some, one: jnp.concatenate([jnp.swapaxes(some, 0, 1), one[:, None]], axis=1),
-      drawn,
-      (token, law),
+    first = jnp.maximum(context.length - 2, 0)
+    pair = window(context.tokens, first, 2)
+    hidden, cache = models.apply(model, params, pair, cache._replace(length=first))
+    hidden = jnp.take_along_axis(hidden, (context.length - 1 - first)[:, None, None], axis=1)
+    return chain_of(
+      keys,
+      context,
+      hidden[:, 0],
+      cache._replace(length=context.length),
+      num_drafts=num_drafts,
+      law=lambda hidden, context: transform.apply(model.readout(params, hidden), context, ()),
+      advance=lambda hidden, token, cache: _read_one(model, params, token, cache),
+      confidence=confidence,
+      threshold=threshold,
     )
-    return Drafts(tokens, laws), cache
 
-  return Drafter(num_drafts, init, draft)
+  return Drafter(trees.chain(num_drafts), init, draft)
 
 
-def lookup(vocab_size: int, *, num_drafts: int, ngram: int = 2) -> Drafter:
-  """Prompt lookup: what followed the last `ngram` tokens when they last came before. No model.
+def _read_one(model, params, token, cache):
+  hidden, cache = models.apply(model, params, token[:, None], cache)
+  return hidden[:, 0], cache
 
-  Drafts are certain, q(d) = 1, so a draft is accepted with probability p(d). Where the n-gram is
-  new, or nothing follows, there is no draft and p itself is drawn.
 
-  Reference: Saxena 2023, github.com/apoorvumang/prompt-lookup-decoding, which takes the first
-  match and tries shorter n-grams.
+def window(tokens: jax.Array, first: jax.Array, size: int) -> jax.Array:
+  """tokens[b, first[b] : first[b] + size], [B, size]; zeros beyond the last."""
+  padded = jnp.pad(tokens, ((0, 0), (0, size)))
+  return jax.vmap(lambda row, at: jax.lax.dynamic_slice_in_dim(row, at, size))(padded, first)
+
+
+def appended(context: logits_lib.Context, token: jax.Array) -> logits_lib.Context:
+  """The context with one token [B] more."""
+  rows = jnp.arange(token.size)
+  tokens = context.tokens.at[rows, context.length].set(token, mode="drop")
+  return context._replace(tokens=tokens, length=context.length + 1)
+
+
+def chain_of(
+  keys: base.Keys,
+  context: logits_lib.Context,
+  hidden: jax.Array,
+  cache: models.Cache,
+  *,
+  num_drafts: int,
+  law: Callable[[jax.Array, logits_lib.Context], jax.Array],
+  advance: Callable[[jax.Array, jax.Array, models.Cache], tuple[jax.Array, models.Cache]],
+  confidence: Confidence | None,
+  threshold: float | jax.Array,
+) -> tuple[Drafts, models.Cache]:
+  """Draws up to K tokens in turn, each from what the ones before it lead to.
+
+  With a `confidence`, a row drafts on while the estimated probability that some draft is refused,
+  1 - prod_i confidence_i, is at most `threshold`; its first draft is drawn in any case. What a row
+  drafts depends on no other row, and the loop ends with the last of them.
+
+  Args:
+    keys: [B].
+    context: the text.
+    hidden: [B, D], after it.
+    cache: that holds it.
+    num_drafts: K.
+    law: (hidden, context) -> logits [B, V].
+    advance: (hidden, token [B], cache) -> (hidden, cache), which has read the token.
+    confidence: of a draft; without, every row drafts K.
+    threshold: h, scalar or [B].
+
+  Reference: Huang et al. 2024 (SpecDec++), arXiv 2405.19715, for the threshold policy.
   """
 
-  _check(num_drafts)
+  def draw(i, hidden, context, kept):
+    """Draft i, in the rows that go on; what is kept is (drafts, survival [B], going [B])."""
+    drafts, survival, going = kept
+    logits = law(hidden, context)
+    token = logits_lib.draw(base.row_keys_at(keys, jnp.full(keys.shape, i)), logits)
+    drafts = Drafts(
+      drafts.tokens.at[:, i].set(jnp.where(going, token, 0)),
+      drafts.logits.at[:, i].set(jnp.where(going[:, None], logits, -jnp.inf)),
+    )
+    if confidence is not None:
+      survival *= confidence(hidden, token, logits)
+      going &= 1 - survival <= threshold
+    return token, appended(context, token), (drafts, survival, going)
 
-  def draft(keys, context, state):
-    del keys
-    tokens, length = context.tokens, context.length
-    size = tokens.shape[1]
-    index = jnp.arange(size)[None, :]
-    matches = (index >= ngram - 1) & (index < length[:, None] - 1)
-    for back in range(ngram):
-      last = jnp.take_along_axis(tokens, jnp.maximum(length - 1 - back, 0)[:, None], axis=1)
-      matches &= jnp.roll(tokens, back, axis=1) == last
-    end = jnp.max(jnp.where(matches, index, -1), axis=1)
-    places = end[:, None] + 1 + jnp.arange(num_drafts)[None, :]
-    known = (end[:, None] >= 0) & (places < length[:, None])
-    drafts = jnp.take_along_axis(tokens, jnp.minimum(places, size - 1), axis=1)
-    one_hot = jnp.arange(vocab_size)[None, None, :] == drafts[:, :, None]
-    return Drafts(drafts, jnp.where(one_hot & known[:, :, None], 0.0, -jnp.inf)), state
+  def unfinished(carry):
+    i, *_, (_, _, going) = carry
+    return (i < num_drafts) & jnp.any(going)
 
-  return Drafter(num_drafts, lambda prompts, max_length: (), draft)
+  def body(carry):
+    i, token, hidden, cache, context, kept = carry
+    hidden, cache = advance(hidden, token, cache)
+    token, context, kept = draw(i, hidden, context, kept)
+    return i + 1, token, hidden, cache, context, kept
+
+  batch_size = keys.shape[0]
+  shape = jax.eval_shape(law, hidden, context)
+  empty = Drafts(
+    jnp.zeros((batch_size, num_drafts), jnp.int32),
+    jnp.full((batch_size, num_drafts, shape.shape[1]), -jnp.inf, shape.dtype),
+  )
+  kept = empty, jnp.ones(batch_size), jnp.ones(batch_size, bool)
+  token, context, kept = draw(0, hidden, context, kept)
+  carry = jnp.int32(1), token, hidden, cache, context, kept
+  *_, cache, _, (drafts, _, _) = jax.lax.while_loop(unfinished, body, carry)
+  return drafts, cache

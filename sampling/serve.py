@@ -1,6 +1,7 @@
 """Continuous refill: a fixed number of rows kept busy by a queue of requests.
 
-    serve = serve.server(model, transform, settings={"temperature": 1.0}, rows=16, ...)
+    decoder = functools.partial(decode.autoregressive, model)
+    serve = serve.server(decoder, transform, settings={"temperature": 1.0}, rows=16, ...)
     for result in serve(params, key, requests):
       ...
 
@@ -10,6 +11,7 @@ waits, so a straggler holds up nobody. One program serves every request of a buc
 
 import collections
 import dataclasses
+import functools
 import numbers
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
@@ -18,7 +20,6 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from ..models import base as models
 from . import base, decode
 from . import logits as logits_lib
 
@@ -42,6 +43,7 @@ class Result(NamedTuple):
   log_prob: np.ndarray  # [n], under the law they were drawn from
   model_log_prob: np.ndarray  # [n], under the model's own
   reason: str  # of its end: "stop" (a token), "ending" (the request's own), or "length"
+  num_calls: int  # of the model, in which it drew; a speculative one draws several tokens
 
 
 class Progress(NamedTuple):
@@ -94,17 +96,26 @@ def stop_strings(decode_tokens: Callable[[Sequence[int]], str], strings: Sequenc
 class Programs(NamedTuple):
   """What runs on the device, each compiled once for a number of slots S."""
 
+  width: Callable  # (params, slots, S) -> M, the most tokens that a row draws in a step
   blank: Callable  # (params, slots, S) -> state of free rows
-  resize: Callable  # (params, state, S) -> state
-  admit: Callable  # (params, key, slots of R rows, prompts [R, S], rows [R], state) -> state
-  advance: Callable  # (params, key, slots, state) -> state, DecodeInfo [chunk, B]
+  resize: Callable  # (params, slots, state, S) -> state
+  admit: Callable  # (params, key, slots of R rows, prompts [R, S], rows [R], state, S) -> state
+  advance: Callable  # (params, key, slots, state, S) -> state, Drawn
 
 
-def _programs(model, transform, *, max_length, stop, chunk, prefill_chunk) -> Programs:
+class Drawn(NamedTuple):
+  """What the rows drew in a chunk of steps, up to M tokens each step."""
+
+  token: jax.Array  # [chunk, B, M] int32
+  count: jax.Array  # [chunk, B] int32, of them
+  log_prob: jax.Array  # [chunk, B, M]
+  model_log_prob: jax.Array  # [chunk, B, M]
+
+
+def _programs(decoder, transform, *, max_length, stop, chunk, prefill_chunk) -> Programs:
 
   def algorithm(params, slots, capacity):
-    return decode.autoregressive(
-      model,
+    return decoder(
       params,
       max_length=max_length,
       max_new_tokens=slots.max_new_tokens,
@@ -118,37 +129,52 @@ def _programs(model, transform, *, max_length, stop, chunk, prefill_chunk) -> Pr
     keys = base.row_keys(key, slots.seed)
     return base.start(keys, algorithm(params, slots, capacity), prompts)
 
-  def blank(params, slots, capacity):
+  def shapes(params, slots, capacity):
     rows = slots.seed.size
     prompts = decode.Prompts(jnp.zeros((rows, 1), jnp.int32), jnp.ones(rows, jnp.int32))
-    shapes = jax.eval_shape(
+    return jax.eval_shape(
       lambda params, slots: fill(params, jax.random.key(0), slots, prompts, capacity), params, slots
     )
-    return jax.tree.map(lambda leaf: jnp.zeros(leaf.shape, leaf.dtype), shapes)
 
-  def admit(params, key, slots, prompts, rows, state):
-    return base.admit(state, fill(params, key, slots, prompts, state.tokens.shape[1]), rows)
+  def blank(params, slots, capacity):
+    like = shapes(params, slots, capacity)
+    return jax.tree.map(lambda leaf: jnp.zeros(leaf.shape, leaf.dtype), like)
 
-  def advance(params, key, slots, state):
+  def admit(params, key, slots, prompts, rows, state, capacity):
+    return base.admit(state, fill(params, key, slots, prompts, capacity), rows)
+
+  def advance(params, key, slots, state, capacity):
     state = _vacate(state, slots.is_free)
+    of_step = lambda leaf: leaf.reshape(slots.seed.size, -1)
     return base.run(
       base.row_keys(key, slots.seed),
-      algorithm(params, slots, state.tokens.shape[1]),
+      algorithm(params, slots, capacity),
       state,
       chunk,
-      observe=lambda state, info: info,
+      observe=lambda state, info: Drawn(
+        of_step(info.token), info.count, of_step(info.log_prob), of_step(info.model_log_prob)
+      ),
     )
 
-  def resize(params, state, capacity):
-    return decode.resize(model, params, state, capacity)
+  def resize(params, slots, state, capacity):
+    return base.resized(state, shapes(params, slots, capacity))
+
+  @functools.partial(jax.jit, static_argnums=2)
+  def drawn(params, slots, capacity):  # traced once, and never run
+    state = blank(params, slots, capacity)
+    return advance(params, jax.random.key(0), slots, state, capacity)[1]
+
+  def width(params, slots, capacity):
+    return drawn.eval_shape(params, slots, capacity).token.shape[2]
 
   return Programs(
+    width,
     # Takes params so that its state is committed to devices where theirs are; else what follows
     # compiles twice.
     jax.jit(blank, static_argnums=2, keep_unused=True),
-    jax.jit(resize, static_argnums=2),
-    jax.jit(admit, donate_argnums=5),
-    jax.jit(advance, donate_argnums=3),
+    jax.jit(resize, static_argnums=3),
+    jax.jit(admit, donate_argnums=5, static_argnums=6),
+    jax.jit(advance, donate_argnums=3, static_argnums=4),
   )
 
 
@@ -171,27 +197,30 @@ class _Row:
   tokens: list[int] = dataclasses.field(default_factory=list)
   log_prob: list[float] = dataclasses.field(default_factory=list)
   model_log_prob: list[float] = dataclasses.field(default_factory=list)
+  num_calls: int = 0
 
   @property
   def length(self) -> int:
     return len(self.request.prompt) + len(self.tokens)
 
-  def take(self, info: decode.DecodeInfo, row: int, count: int) -> list[int]:
-    """Adds the first `count` steps of a chunk's info [chunk, B]; returns their tokens."""
-    drawn = info.token[:count, row].tolist()
+  def take(self, chunk: Drawn, row: int) -> list[int]:
+    """Adds what the row drew in a chunk; returns the tokens."""
+    made = chunk.count[:, row, None] > np.arange(chunk.token.shape[2])
+    drawn = chunk.token[:, row][made].tolist()
     self.tokens += drawn
-    self.log_prob += info.log_prob[:count, row].tolist()
-    self.model_log_prob += info.model_log_prob[:count, row].tolist()
+    self.log_prob += chunk.log_prob[:, row][made].tolist()
+    self.model_log_prob += chunk.model_log_prob[:, row][made].tolist()
+    self.num_calls += int(np.count_nonzero(chunk.count[:, row]))
     return drawn
 
   def result(self, reason: str, count: int) -> Result:
     """The first `count` tokens."""
     floats = [np.array(v[:count], np.float32) for v in (self.log_prob, self.model_log_prob)]
-    return Result(self.index, self.tokens[:count], *floats, reason)
+    return Result(self.index, self.tokens[:count], *floats, reason, self.num_calls)
 
 
 def server(
-  model: models.LanguageModel,
+  decoder: Callable[..., base.SamplingAlgorithm],
   transform: Callable[[Mapping[str, Any]], logits_lib.LogitsTransform],
   *,
   settings: Mapping[str, float],
@@ -212,7 +241,9 @@ def server(
   Keep the server: it holds the compiled programs, one for each (rows, bucket).
 
   Args:
-    model: the model.
+    decoder: (params, *, transform, max_length, max_new_tokens, stop, capacity, prefill_chunk) ->
+      what decodes: functools.partial(decode.autoregressive, model), or a function that makes a
+      drafter and returns `speculative`, of params that hold the parameters of both.
     transform: of settings, {name: [B]} inside the programs. It is also called with the plain
       numbers of each request, so that bad ones are refused before anything runs.
     settings: their defaults, whose types (int or float) stay.
@@ -231,7 +262,7 @@ def server(
   if rows < 1:
     raise ValueError(f"rows={rows}: serving takes at least 1.")
   programs = _programs(
-    model, transform, max_length=max_length, stop=stop, chunk=chunk, prefill_chunk=prefill_chunk
+    decoder, transform, max_length=max_length, stop=stop, chunk=chunk, prefill_chunk=prefill_chunk
   )
   sizes = decode.buckets(bucket, max_length)
   group = prefill_rows or max(1, rows // 8)
@@ -244,25 +275,22 @@ def server(
 
   def run(params, key, waiting, on_chunk):
     busy: list[_Row | None] = [None] * rows
-    state = programs.blank(params, _slots(busy, settings), sizes[0])
+    state, held = programs.blank(params, _slots(busy, settings), sizes[0]), sizes[0]
     num_steps = num_finished = 0
+    most = chunk * programs.width(params, _slots(busy, settings), sizes[0])
     while waiting or any(busy):
       fresh = [row for row in range(rows) if busy[row] is None][: len(waiting)]
       for row in fresh:
         busy[row] = waiting.popleft()
-      capacity = _capacity(busy, sizes, chunk, max_length)
-      if capacity != state.tokens.shape[1]:
-        state = programs.resize(params, state, capacity)
+      slots, capacity = _slots(busy, settings), _capacity(busy, sizes, most, max_length)
+      if capacity != held:
+        state, held = programs.resize(params, slots, state, capacity), capacity
       for first in range(0, len(fresh), group):
-        state = programs.admit(
-          params,
-          key,
-          *_admission(busy, fresh[first : first + group], group, settings, capacity),
-          state,
-        )
-      state, info = programs.advance(params, key, _slots(busy, settings), state)
+        admission = _admission(busy, fresh[first : first + group], group, settings, capacity)
+        state = programs.admit(params, key, *admission, state, capacity)
+      state, chunk_drawn = programs.advance(params, key, slots, state, capacity)
       num_steps += chunk
-      drawn, finished = _collect(busy, jax.device_get((info, state.step, state.done)), stop)
+      drawn, finished = _collect(busy, *jax.device_get((chunk_drawn, state.done)), stop)
       num_finished += len(finished)
       on_chunk(Progress(num_steps, len(drawn), len(waiting), num_finished, drawn))
       yield from finished
@@ -313,10 +341,10 @@ def _slots(busy: Sequence[_Row | None], settings: Mapping[str, float]) -> Slots:
   )
 
 
-def _capacity(busy, sizes, chunk, max_length) -> int:
-  """The fewest slots in which every row has room for a chunk."""
+def _capacity(busy, sizes, growth, max_length) -> int:
+  """The fewest slots in which every row has room for the `growth` of a chunk."""
   needed = max(
-    min(row.length + chunk, len(row.request.prompt) + row.request.max_new_tokens, max_length)
+    min(row.length + growth, len(row.request.prompt) + row.request.max_new_tokens, max_length)
     for row in busy
     if row is not None
   )
@@ -336,15 +364,14 @@ def _admission(busy, fresh, group, settings, capacity):
   return _slots(rows + [None] * spare, settings), decode.Prompts(tokens, length), places
 
 
-def _collect(busy, seen, stop) -> tuple[dict[int, list[int]], list[Result]]:
+def _collect(busy, chunk, done, stop) -> tuple[dict[int, list[int]], list[Result]]:
   """Takes a chunk's tokens into the rows, and out of their slots those that have finished."""
-  info, step, done = seen
   drawn, finished = {}, []
   for place, row in enumerate(busy):
     if row is None:
       continue
     before = len(row.tokens)
-    drawn[row.index] = row.take(info, place, int(step[place]) - before)
+    drawn[row.index] = row.take(chunk, place)
     kept = row.request.ending(row.tokens)
     if kept is not None:
       drawn[row.index] = row.tokens[before:kept]

@@ -18,10 +18,12 @@ from ancestral.sampling import (
   constraints,
   contrastive,
   decode,
+  draft_trees,
   drafting,
   feedback,
   history,
   logits,
+  lookup,
   sharded,
   speculative,
   stochastic_beam,
@@ -68,6 +70,7 @@ def decoding(name, target, transform=logits.chain, make=decode.autoregressive, *
     "tokens": "int32",
     "length": "int32",
     "token": "int32",
+    "count": "int32",
     "log_prob": "float32",
     "model_log_prob": "float32",
   }
@@ -133,10 +136,24 @@ def guided_target():
   return guided.guided(model, 1.5, 1), params
 
 
-def speculating(model, params, **kwargs):
-  drafter = drafting.by_model(model, jax.tree.map(jnp.square, params), num_drafts=2)
-  return speculative.speculative(model, params, drafter, **kwargs)
+def speculating(drafter_of):
+  """Decoding speculatively, by drafter_of(model, other params)."""
 
+  def make(model, params, **kwargs):
+    drafter = drafter_of(model, jax.tree.map(lambda leaf: 1.5 * leaf, params))
+    return speculative.speculative(model, params, drafter, **kwargs)
+
+  return make
+
+
+CHAIN = functools.partial(drafting.by_model, num_drafts=2)
+ADAPTIVE = functools.partial(
+  drafting.by_model, num_drafts=3, confidence=lambda hidden, token, logits: 0.9 - 0.1 * token
+)
+TREE = functools.partial(draft_trees.by_model, parents=(-1, -1, 0))
+
+
+SPECULATIVE = ("tokens", "length")
 
 CASES = [
   decoding("autoregressive-table", targets.table_target(vocab_size=5), eager=True),
@@ -160,7 +177,15 @@ CASES = [
     ("tokens", "length", "score"),
     draws=False,
   ),
-  searching("speculative", targets.table_target(5), speculating, ("tokens", "length")),
+  searching("speculative", targets.table_target(5), speculating(CHAIN), SPECULATIVE),
+  searching("speculative-adaptive", targets.table_target(5), speculating(ADAPTIVE), SPECULATIVE),
+  searching("speculative-tree", targets.table_target(5), speculating(TREE), SPECULATIVE),
+  searching(
+    "speculative-suffix",
+    targets.table_target(5),
+    speculating(lambda model, params: lookup.suffix(5, num_drafts=2)),
+    SPECULATIVE,
+  ),
   beams(
     "beam",
     targets.table_target(vocab_size=5),

@@ -61,13 +61,16 @@ def test_cache_of_a_toy_equals_the_full_pass():
     np.testing.assert_array_equal(hidden[1, 0], expected[1, 5 + i])
 
 
-@pytest.mark.parametrize(
-  "kwargs", [{"positions": jnp.zeros((1, 2), jnp.int32)}, {"mask": jnp.ones((1, 2, 2), bool)}]
-)
-def test_a_toy_refuses_positions_and_masks(kwargs):
-  model, params = targets.markov_target()
-  with pytest.raises(ValueError, match="without positions and mask"):
-    base.apply(model, params, jnp.zeros((1, 2), jnp.int32), **kwargs)
+def test_a_masked_toy_reads_what_it_may_attend_to_in_the_order_of_slots():
+  model, params = targets.table_target(vocab_size=4, order=3)
+  tokens = jnp.array([[3, 1, 2, 0, 1]])
+  mask = np.tril(np.ones((1, 5, 5), bool))
+  mask[:, 3, [1, 2]] = False  # 3, 0
+  mask[:, 4, 3] = False  # 3, 1, 2, 1
+  hidden, _ = targets.apply(model, params, tokens, mask=jnp.asarray(mask))
+  for i, seen in enumerate(([3], [3, 1], [3, 1, 2], [3, 0], [3, 1, 2, 1])):
+    expected, _ = targets.apply(model, params, jnp.array([seen]))
+    np.testing.assert_array_equal(hidden[0, i], expected[0, -1])
 
 
 def alpha(t):

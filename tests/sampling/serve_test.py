@@ -9,7 +9,18 @@ import numpy as np
 import pytest
 
 import targets
-from ancestral.sampling import base, decode, logits, serve, truncation
+from ancestral.models import toy
+from ancestral.sampling import (
+  base,
+  decode,
+  draft_trees,
+  logits,
+  lookup,
+  serve,
+  speculative,
+  trees,
+  truncation,
+)
 
 pytestmark = pytest.mark.usefixtures("compiles_quickly")
 
@@ -66,13 +77,16 @@ def together(target, requests, stop=()):
 
   keys = base.row_keys(jax.random.key(3), jnp.asarray([request.seed for request in requests]))
   final = jax.device_get(sample(params, keys, decode.Prompts(tokens, lengths), settings, bounds))
-  return [
-    tuple(leaf[b, :count] for leaf in final.record) for b, count in enumerate(final.state.step)
-  ]
+  drawn = final.record.token, final.record.log_prob, final.record.model_log_prob
+  return [tuple(leaf[b, :count] for leaf in drawn) for b, count in enumerate(final.state.step)]
 
 
 def by_index(results):
   return sorted(results, key=lambda result: result.index)
+
+
+def decoding(model):
+  return functools.partial(decode.autoregressive, model)
 
 
 @pytest.mark.parametrize("target", TARGETS)
@@ -82,7 +96,7 @@ def test_results_are_those_without_refill(target):
   assert len({len(tokens) for tokens, *_ in expected}) > 3
   for rows, chunk, bucket in ((4, 3, 8), (1, 5, 24)):
     run = serve.server(
-      target[0],
+      decoding(target[0]),
       transform,
       settings=SETTINGS,
       rows=rows,
@@ -103,6 +117,56 @@ def test_results_are_those_without_refill(target):
 
 
 @functools.cache
+def speculating(drafter_of):
+  """A decoder of params {"target", "draft"}; drafter_of: (draft's params, transform) -> Drafter."""
+
+  def decoder(params, *, transform, **kwargs):
+    drafter = drafter_of(params["draft"], transform)
+    model, _ = targets.table_target(vocab_size=23, order=2)
+    return speculative.speculative(model, params["target"], drafter, transform=transform, **kwargs)
+
+  return decoder
+
+
+SPECULATING = {
+  "tree": lambda params, transform: draft_trees.by_model(
+    toy.table(23, 2), params, parents=trees.branching((2, 2)), transform=transform
+  ),
+  "suffix": lambda params, transform: lookup.suffix(23, num_drafts=3),
+}
+
+
+@pytest.mark.parametrize("drafter", SPECULATING)
+def test_speculation_is_served_as_it_is_drawn_alone(drafter):
+  _, target = targets.table_target(vocab_size=23, order=2)
+  params = {"target": target, "draft": target + 0.5 * jnp.roll(target, 1)}
+  greedy = [request._replace(settings={"top_k": 1}) for request in mixed_requests(4)]
+  requests = mixed_requests(9) + greedy
+  run = lambda rows, chunk, bucket: serve.server(
+    speculating(SPECULATING[drafter]),
+    transform,
+    settings=SETTINGS,
+    rows=rows,
+    vocab_size=23,
+    max_length=24,
+    stop=(7,),
+    chunk=chunk,
+    bucket=bucket,
+  )
+  results, alone = (
+    by_index(run(*how)(params, jax.random.key(3), requests)) for how in ((4, 2, 8), (1, 3, 24))
+  )
+  for result, one in zip(results, alone, strict=True):
+    assert result.tokens == one.tokens and result.num_calls == one.num_calls
+    np.testing.assert_allclose(result.log_prob, one.log_prob, atol=2e-5)
+    assert result.reason == ("stop" if 7 in result.tokens else "length")
+  if drafter != "suffix":
+    assert sum(r.num_calls for r in results) < sum(len(r.tokens) for r in results)
+  plain = together((toy.table(23, 2), target), greedy, stop=(7,))
+  for result, (tokens, *_) in zip(results[9:], plain, strict=True):
+    np.testing.assert_array_equal(result.tokens, tokens)
+
+
 def table_server(**kwargs):
   model, params = targets.table_target(vocab_size=23, order=2)
   kwargs = {
@@ -113,7 +177,7 @@ def table_server(**kwargs):
     "chunk": 4,
     "bucket": 64,
   } | kwargs
-  run = serve.server(kwargs.pop("model", model), transform, **kwargs)
+  run = serve.server(decoding(kwargs.pop("model", model)), transform, **kwargs)
   return lambda requests, **watch: list(run(params, jax.random.key(3), requests, **watch))
 
 
@@ -143,7 +207,7 @@ def test_params_placed_on_a_device_compile_no_more_than_others():
   counts = []
   for given in (params, params, jax.device_put(params, jax.devices()[0])):
     run = serve.server(
-      model, transform, settings=SETTINGS, rows=2, vocab_size=23, max_length=32, bucket=32
+      decoding(model), transform, settings=SETTINGS, rows=2, vocab_size=23, max_length=32, bucket=32
     )
     before = len(compiled)
     list(run(given, jax.random.key(3), mixed_requests(4)))

@@ -18,7 +18,7 @@ from jax.sharding import PartitionSpec as P
 
 import targets
 from ancestral.models import transformer
-from ancestral.sampling import base, decode, sharded, truncation
+from ancestral.sampling import base, decode, drafting, sharded, speculative, truncation
 from ancestral.sampling import logits as logits_lib
 
 ROWS = {"table": 3, "transformer": 1}  # samples of each prompt
@@ -159,6 +159,25 @@ def eight_devices_draw_the_tokens_of_one(name, way):
   assert_same(run(params, *request(name, seed=1)), on_one_device(name, 1))
   assert len(traces) == traced
   assert np.any(on_one_device(name, 1).tokens != expected.tokens)
+
+
+@pytest.mark.parametrize("way", ["mapped", "jitted"])
+def eight_devices_speculate_as_one(way):
+  model, params = target("table")
+
+  def sample(params, settings, keys, prompts):
+    transform = logits_lib.temperature(settings["t"])
+    drafter = drafting.by_model(model, params["draft"], num_drafts=3, transform=transform)
+    settings = {"max_new_tokens": 6, "transform": transform, "stop": (2, 3, 7)}
+    return speculative.generate(model, params["target"], drafter, keys, prompts, **settings)
+
+  settings, keys, prompts = request("table")
+  params = {"target": params, "draft": params + jnp.roll(params, 1)}
+  arguments = {"t": settings["t"]}, keys[:: ROWS["table"]], prompts
+  mesh = sharded.make_mesh()
+  expected = jax.tree.map(np.asarray, jax.jit(sample)(params, *arguments))
+  assert_same(WAYS[way][0](sample, mesh)(sharded.shard(params, mesh), *arguments), expected)
+  assert np.any(expected.num_accepted > 0)
 
 
 def collectives(program):

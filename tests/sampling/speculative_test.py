@@ -16,13 +16,14 @@ from ancestral.sampling import (
   drafting,
   feedback,
   logits,
+  lookup,
   speculative,
   truncation,
 )
 
 pytestmark = pytest.mark.usefixtures("compiles_quickly")
 
-NUM, NEW, PROMPT = 60_000, 3, [2, 1]
+NUM, NEW, PROMPT = 30_000, 3, [2, 1]
 VERIFY = {"block": coupling.block, "chain": coupling.chain(coupling.maximal_one)}
 
 
@@ -39,7 +40,7 @@ DRAFTERS = {
   "model": lambda transform: by_table(5, transform=transform),
   "itself": lambda transform: by_table(0, transform=transform),
   "another law": lambda transform: by_table(5, num_drafts=4),
-  "lookup": lambda transform: drafting.lookup(4, num_drafts=3, ngram=1),
+  "lookup": lambda transform: lookup.ngram(4, num_drafts=3, size=1),
 }
 
 
@@ -97,7 +98,7 @@ def tiny(seed):
 TINY_DRAFTERS = {
   "model": lambda: drafting.by_model(*tiny(1), num_drafts=3, transform=logits.greedy()),
   "itself": lambda: drafting.by_model(*tiny(0), num_drafts=4, transform=logits.greedy()),
-  "lookup": lambda: drafting.lookup(23, num_drafts=3),
+  "lookup": lambda: lookup.ngram(23, num_drafts=3),
 }
 
 
@@ -164,7 +165,7 @@ def test_lookup_copies_what_followed_the_latest_match(ngram):
   rows = [rng.integers(0, 3, size).tolist() for size in rng.integers(1, 20, 60)]
   prompts = targets.prompts_of(rows, 20)
   context = logits.Context(prompts.tokens, prompts.length, prompts.length)
-  drafts, _ = drafting.lookup(3, num_drafts=4, ngram=ngram).draft(None, context, ())
+  drafts, _ = lookup.ngram(3, num_drafts=4, size=ngram).draft(None, context, ())
   found = 0
   for row, tokens, laws in zip(rows, drafts.tokens, drafts.logits, strict=True):
     end = row[-ngram:] if len(row) >= ngram else None
@@ -184,7 +185,7 @@ def test_a_transform_that_feeds_back_is_refused():
     speculative.speculative(
       model,
       params,
-      drafting.lookup(23, num_drafts=2),
+      lookup.ngram(23, num_drafts=2),
       max_length=9,
       max_new_tokens=3,
       transform=feedback.mirostat_v2(3.0),
