@@ -3,6 +3,7 @@
 #
 #   make quickstart        train, sample, verify and report on the CPU: two to three minutes
 #   make test              ruff and the tests
+#   make test-slow         tests that take long
 #   make test-peers        parity with other libraries (installs torch and transformers)
 #   make test-llamacpp     parity with llama.cpp (builds it from source: some minutes)
 #   make benchmark         decoding speed against transformers
@@ -13,17 +14,20 @@ BIN := $(VENV)/bin
 WORKDIR ?= runs/quickstart
 PYTEST_FLAGS ?= -q -n 2
 
-.PHONY: quickstart test test-peers test-llamacpp benchmark clean
+.PHONY: quickstart test test-slow test-peers test-llamacpp benchmark clean
 
-quickstart test test-peers test-llamacpp: export JAX_PLATFORMS ?= cpu
+quickstart test test-slow test-peers test-llamacpp: export JAX_PLATFORMS ?= cpu
 
 quickstart: $(VENV)/installed
 	$(BIN)/python -m ancestral.launch.quickstart --workdir=$(WORKDIR)
 
+test-slow: $(VENV)/installed
+	$(BIN)/python -m pytest $(PYTEST_FLAGS) -m slow
+
 test: $(VENV)/installed
 	$(BIN)/ruff check --quiet .
 	$(BIN)/ruff format --quiet --check .
-	$(BIN)/python -m pytest $(PYTEST_FLAGS) -m "not peers and not llamacpp"
+	$(BIN)/python -m pytest $(PYTEST_FLAGS) -m "not slow and not peers and not llamacpp"
 
 test-peers: $(VENV)/installed-peers
 	$(BIN)/python -m pytest $(PYTEST_FLAGS) -m peers

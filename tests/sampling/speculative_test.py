@@ -95,31 +95,6 @@ def tiny(seed):
   return targets.tiny_target(num_layers=1, seed=seed)
 
 
-TINY_DRAFTERS = {
-  "model": lambda: drafting.by_model(*tiny(1), num_drafts=3, transform=logits.greedy()),
-  "itself": lambda: drafting.by_model(*tiny(0), num_drafts=4, transform=logits.greedy()),
-  "lookup": lambda: lookup.ngram(23, num_drafts=3),
-}
-
-
-@pytest.mark.parametrize("drafter", TINY_DRAFTERS)
-def test_greedy_is_greedy_token_for_token(drafter):
-  model, params = tiny(0)
-  prompts, keys = targets.prompts_of(ROWS), targets.keys_of(np.arange(5))
-  settings = {"max_new_tokens": 16, "transform": logits.greedy(), "stop": (7,)}
-  plain = jax.jit(
-    lambda params, keys, prompts: decode.generate(model, params, keys, prompts, **settings)
-  )(params, keys, prompts)
-  samples = generated(tiny(0), TINY_DRAFTERS[drafter](), prompts, keys, **settings)
-  for name in ("tokens", "length", "prompt_length"):
-    np.testing.assert_array_equal(getattr(samples, name), getattr(plain, name), err_msg=name)
-  assert np.all(samples.log_prob == 0)
-  np.testing.assert_allclose(samples.model_log_prob, plain.model_log_prob, atol=2e-5)
-  drawn = samples.length - samples.prompt_length
-  if drafter == "itself":
-    np.testing.assert_array_equal(samples.num_calls, -(-drawn // 5))
-
-
 def test_rows_do_not_know_each_other_and_end_where_they_should():
   prompts, keys = targets.prompts_of(ROWS, 8), targets.keys_of(np.arange(5))
   drafter = drafting.by_model(*tiny(1), num_drafts=3)

@@ -127,7 +127,10 @@ def files(directory):
   return sorted(p.relative_to(directory) for p in directory.rglob("*") if p.is_file())
 
 
-@pytest.mark.parametrize("kind", ["delete", "truncate", "empty", 0.0, 0.4, 0.77, 1.0])
+SLOWLY = [pytest.param(kind, marks=pytest.mark.slow) for kind in ("empty", 0.0, 0.77, 1.0)]
+
+
+@pytest.mark.parametrize("kind", ["delete", "truncate", 0.4, *SLOWLY])
 def test_damage_is_seen_or_harmless(saved, tmp_path, warned, kind):
   good, previous = bits(state_at(20)), bits(state_at(10))
   fell_back = []
@@ -149,6 +152,7 @@ def test_damage_is_seen_or_harmless(saved, tmp_path, warned, kind):
   assert {"record/metadata", "state/manifest.ocdbt"} <= names
 
 
+@pytest.mark.slow
 def test_array_bytes_flipped_everywhere_are_never_silent(tmp_path):
   with checkpoint.open_manager(tmp_path / "c") as manager:
     x = jax.random.normal(jax.random.key(0), (40, 50))
