@@ -15,14 +15,12 @@ confidence/ (checkpoints), and speculative.json. Prompts are held-out text; the 
 import functools
 import json
 import pathlib
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
-import rich.console
-import rich.table
 
 from ..evaluation import speed
 from ..models import confidence as confidence_lib
@@ -302,43 +300,38 @@ def measure(pair: Pair, params: Any, on_row: Callable[[dict], None]) -> list[dic
   return rows
 
 
-def table(rows: Sequence[dict]) -> rich.table.Table:
-  """The rows for a terminal."""
-  made = rich.table.Table()
-  columns = {
-    "drafter and rule": lambda row: row["drafter and rule"],
-    "batch": lambda row: str(row["batch"]),
-    "E": lambda row: f"{row['tokens']:.2f}",
-    "accepted": lambda row: f"{row['accepted']:.2f}",
-    "% optimum": lambda row: f"{100 * row['optimum']:.0f}",
-    "v": lambda row: f"{row['verify']:.2f}",
-    "gamma c": lambda row: f"{row['draft']:.2f}",
-    "predicted": lambda row: f"{row['predicted']:.2f}",
-    "realised": lambda row: f"{row['realised']:.2f}",
-  }
-  for name in columns:
-    made.add_column(name, justify="left" if name == "drafter and rule" else "right")
-  for row in rows:
-    made.add_row(*(show(row) for show in columns.values()))
-  return made
+COLUMNS = {
+  "drafter and rule": lambda row: row["drafter and rule"],
+  "batch": lambda row: str(row["batch"]),
+  "E": lambda row: f"{row['tokens']:.2f}",
+  "accepted": lambda row: f"{row['accepted']:.2f}",
+  "% optimum": lambda row: f"{100 * row['optimum']:.0f}",
+  "v": lambda row: f"{row['verify']:.2f}",
+  "gamma c": lambda row: f"{row['draft']:.2f}",
+  "predicted": lambda row: f"{row['predicted']:.2f}",
+  "realised": lambda row: f"{row['realised']:.2f}",
+}
 
 
-def main(_: Sequence[str]) -> None:
+def line(cells: Iterable[str]) -> str:
+  """A line of a markdown table."""
+  return "| " + " | ".join(cells) + " |"
+
+
+def main(_: list[str]) -> None:
   """Trains what is not trained, and prints the table."""
   with flags.one_line_errors():
     config, workdir = flags.required(flags.CONFIG), flags.required(flags.WORKDIR)
     pair = build(config)
     held_out_prompts(pair, max(config.decode.batch_sizes))
-  console = rich.console.Console(highlight=False)
   try:
     params = trained(pair, workdir)
-    rows = measure(
-      pair, params, lambda row: console.print(f"{row['drafter and rule']}: {row['realised']:.2f}")
-    )
+    print(line(COLUMNS) + "\n" + line("---" for _ in COLUMNS))
+    show = lambda row: print(line(cell(row) for cell in COLUMNS.values()), flush=True)
+    rows = measure(pair, params, show)
   except (loop.Interrupted, KeyboardInterrupt) as stop:
     train.interrupted(workdir, stop)
   (pathlib.Path(workdir) / "speculative.json").write_text(json.dumps(rows, indent=1))
-  console.print(table(rows))
 
 
 if __name__ == "__main__":

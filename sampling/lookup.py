@@ -55,7 +55,8 @@ def suffix(vocab_size: int, *, num_drafts: int, shortest: int = 1) -> drafting.D
     num_drafts: K.
     shortest: suffixes that are shorter are not taken.
 
-  Reference: Hu et al. 2024 (SAM decoding), arXiv 2411.10666.
+  Reference: SuffixDecoding, arXiv 2411.04975, which also keeps the outputs of other requests and
+  drafts trees by their frequencies.
   """
 
   def init(prompts, capacity):
