@@ -100,18 +100,18 @@ def compare(
       model, target_of(params), drafter_of(params), **shared, **settings
     )
 
-  def runner(algorithm_of):
+  def runner(algorithm_of, observe):
     def run(params, keys, state):
-      return base.run(keys, algorithm_of(params), state, num_steps, lambda state, info: info)
+      return base.run(keys, algorithm_of(params), state, num_steps, observe)
 
     begin = jax.jit(lambda params, keys: base.start(keys, algorithm_of(params), prompts))
     state, run = begin(params, keys), jax.jit(run)
     return lambda: run(params, keys, state)
 
-  run_plain, run_rounds = runner(plain), runner(speculating)
-  plain_step = seconds(run_plain, repeats) / num_steps
-  round_ = seconds(run_rounds, repeats) / num_steps
-  state, info = run_rounds()
+  drawn = lambda state, info: (info.token, info.log_prob)  # what is not observed is not computed
+  plain_step = seconds(runner(plain, drawn), repeats) / num_steps
+  round_ = seconds(runner(speculating, drawn), repeats) / num_steps
+  state, info = runner(speculating, lambda state, info: info)()
   drafted = jnp.sum(info.num_drafted)
   return Costs(
     plain_step,

@@ -57,10 +57,12 @@ def optimal_acceptance(log_q: jax.Array, log_p: jax.Array, n: int) -> jax.Array:
 
   alpha* = 1 + min_H P(H) - Q(H)^n over sets H of tokens. By duality it is a minimum over all sets,
   and the sets that hold the tokens of largest q / p, as many as one likes, are enough. n = 1 is
-  `maximal_acceptance`. One sort and two sums.
+  `maximal_acceptance`; otherwise, one sort and two sums.
 
   Reference: Hu et al. 2025, arXiv 2502.18779.
   """
+  if n == 1:
+    return maximal_acceptance(log_q, log_p)
   p, q = _by_ratio(log_q, log_p)
   outside = _total_after(q)
   # P(H) + Pr(some draft is outside of H): all terms are positive.

@@ -274,8 +274,8 @@ def grown(
 ) -> Any:
   """Runs `algorithm(size)` from the prompts on, in states of each of `sizes` slots in turn.
 
-  Attention then reads little more than what is written. A row that is cramped counts as done, until
-  its state has the next size.
+  Attention then reads little more than what is written. Once any row is cramped all of them have to
+  count as done, until the state has the next size.
   """
   begin = lambda size: base.start(keys, algorithm(size), prompts)
   state = begin(sizes[0])

@@ -3,7 +3,7 @@
 A drafter proposes K tokens that continue a text, a chain or a tree of them, with the law each was
 drawn from. Good ones are likely under the target; any is correct, since `coupling` corrects for its
 law. Here are the interface and drafts by a model, which may be the target itself leaving early
-(`transformer.early_exit`); `draft_trees` has trees, `lookup` drafts without a model, `features`
+(`early_exit`); `draft_trees` has trees, `lookup` drafts without a model, `features`
 drafts from the target's own hidden states.
 """
 

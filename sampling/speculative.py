@@ -319,7 +319,8 @@ def generate(
   def is_done(recorded):
     state = recorded.state
     slots = state.tokens.shape[1] - spare(drafter.parents)
-    return state.done | ((slots < room) & (state.length + most > slots))
+    cramped = jnp.any(~state.done & (state.length + most > slots))  # then all rows wait
+    return state.done | ((slots < room) & cramped)
 
   state, record = decode.grown(keys, algorithm, prompts, sizes, is_done, max_new_tokens)
   before = jnp.cumsum(record.count, axis=1) - record.count  # [B, N] tokens before each step
