@@ -47,6 +47,7 @@ _LOOP_TOKENS = flags.DEFINE_integer("loop_tokens", 128, "Tokens of each text in 
 
 MOST, PROMPT, BATCH = 16, 48, 64
 HEAD = heads.acceptance_head(width=128)
+OWN = "draft's probability, product"
 WEIGHTS = {"weight 1": 1.0, "weight 6": 6.0}  # of refusals, in the loss
 COLUMNS = ("policy", "setting", "drafts", "tokens", "tokens per cost", "over best fixed")
 
@@ -160,7 +161,7 @@ def policies(found, first, c, v):
   made |= {f"fixed {k}": (k, k * whole) for k in (0, 1, 2, 3, 4, 6, 8, 12, 16)}
   product = functools.partial(np.cumprod, axis=-1)
   survivals = {f"learned, {w}": product(found[w]) for w in WEIGHTS}
-  survivals["draft's probability, product"] = product(found["q"])
+  survivals[OWN] = product(found["q"])
   survivals["draft's probability, each"] = np.minimum.accumulate(found["q"], axis=-1)
   survivals["draft's entropy, sum"] = product(np.exp(-found["H"]))
   survivals["oracle of each draft"] = product(accept)
@@ -211,16 +212,17 @@ def table(found, c, slope):
 
 
 def decoded(target, draft, head_params, transform, prompts, num_drafts, h, weight):
-  """Samples of the decoding loop, with the head of that weight or, if None, without."""
+  """Samples of the decoding loop, with the head of that weight, OWN, or, if None, all K drafts."""
   keys = sampling.row_keys(jax.random.key(4), jnp.arange(prompts.length.size))
 
   @jax.jit
   def sample(target_params, draft_params, head_params, keys, prompts):
     embed = functools.partial(draft.model.embed, draft_params)
     learned = head_params and lengths.confidence(HEAD, head_params, embed)
-    settings = {"num_drafts": num_drafts, "confidence": learned, "threshold": h}
+    stops_by = lengths.own_probability if weight == OWN else learned
+    settings = {"num_drafts": num_drafts, "confidence": stops_by, "threshold": h}
     drafter = drafting.by_model(draft.model, draft_params, transform=transform, **settings)
-    settings = {"max_new_tokens": _LOOP_TOKENS.value, "widths": (1, 2, 4, 8) if learned else ()}
+    settings = {"max_new_tokens": _LOOP_TOKENS.value, "widths": (1, 2, 4, 8) if stops_by else ()}
     settings |= {"verify": coupling.chain(coupling.maximal_one), "transform": transform}
     return speculative.generate(target.model, target_params, drafter, keys, prompts, **settings)
 
@@ -232,6 +234,7 @@ def loop_table(target, draft, head_params, transform, prompts, made, c, slope):
   """Prints what the loop makes at the settings that the first half chose."""
   second = jax.tree.map(lambda leaf: leaf[_TEXTS.value // 2 :], prompts)
   chosen = {f"learned, {w}, best h": (MOST, w) for w in WEIGHTS}
+  chosen |= {f"{OWN}, best h": (MOST, OWN)}
   chosen = {"best fixed": (max(made["best fixed"][0], 1), None)} | chosen
   rows, base = [], None
   for name, (num_drafts, weight) in chosen.items():

@@ -12,11 +12,13 @@ from collections.abc import Callable
 from typing import NamedTuple
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 
 from ..models import base as models
 from ..models import confidence as heads
 from . import drafting
+from . import logits as logits_lib
 
 
 def expected_tokens(accept: float, num_drafts: int) -> float:
@@ -266,6 +268,15 @@ def crossover(accept: float, num_drafts: int, draft_cost: float, roofline: Roofl
   if per_row <= 0:
     return math.inf
   return float(math.ceil(u * roofline.weight_bytes / roofline.bandwidth / per_row))
+
+
+def own_probability(hidden: jax.Array, token: jax.Array, logits: jax.Array) -> jax.Array:
+  """q(draft), [B], a `drafting.Confidence` that needs no head: a draft model that is sure is right.
+
+  It is below the acceptance, so thresholds are higher than those of a calibrated head.
+  """
+  del hidden
+  return jnp.exp(logits_lib.log_prob(logits, token))
 
 
 def confidence(

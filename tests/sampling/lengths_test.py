@@ -200,3 +200,9 @@ def test_crossover_of_drafts_that_never_pay():
   assert lengths.crossover(0.1, 3, 0.5, roofline) == 1
   with pytest.raises(ValueError, match="num_drafts=0"):
     lengths.crossover(0.5, 0, 0.1, roofline)
+
+
+def test_own_probability_is_that_of_the_draft():
+  logits = jnp.log(jnp.array([[0.1, 0.2, 0.7], [0.5, 0.5, 0.0]]))
+  found = lengths.own_probability(jnp.zeros((2, 4)), jnp.array([1, 0]), logits)
+  np.testing.assert_allclose(found, [0.2, 0.5], rtol=1e-6)
