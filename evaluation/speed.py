@@ -11,9 +11,10 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from ..models import base as models
-from ..sampling import base, decode, drafting, speculative
+from ..sampling import base, decode, drafting, speculative, trees
 from ..sampling import logits as logits_lib
 
 
@@ -23,7 +24,7 @@ class Costs(NamedTuple):
   plain_step: float  # seconds, of plain decoding
   round: float  # seconds, of a speculative step
   target_one: float  # seconds, the target reads 1 token of each row
-  target_all: float  # seconds, the target reads K + 1
+  target_all: float  # seconds, the target reads all drafts and 1 more, the mean over rounds
   drafting: float  # seconds, the drafter drafts
   tokens: float  # of a round and row, the mean
   accepted: float  # share of the drafts
@@ -36,7 +37,7 @@ class Costs(NamedTuple):
 
   @property
   def verify(self) -> float:
-    """v, the cost of verifying K + 1 tokens relative to one."""
+    """v, the cost of verifying drafts relative to reading one token."""
     return self.target_all / self.target_one
 
   @property
@@ -59,6 +60,12 @@ def seconds(run: Callable[[], Any], repeats: int) -> float:
     jax.block_until_ready(run())
     times.append(time.perf_counter() - start)
   return min(times)
+
+
+def room(prompts: decode.Prompts, drafter: drafting.Drafter, num_steps: int) -> int:
+  """Slots in which no row ends within `num_steps`."""
+  depth = int(trees.depths(drafter.parents).max())
+  return prompts.tokens.shape[1] + (num_steps + 1) * (depth + 1)
 
 
 def compare(
@@ -89,8 +96,8 @@ def compare(
     settings: of `speculative`.
   """
   num_drafts = len(drafter_of(params).parents)
-  room = prompts.tokens.shape[1] + (num_steps + 1) * (num_drafts + 1)
-  shared = {"max_length": room, "max_new_tokens": room, "transform": transform}
+  slots = room(prompts, drafter_of(params), num_steps)
+  shared = {"max_length": slots, "max_new_tokens": slots, "transform": transform}
 
   def plain(params):
     return decode.autoregressive(model, target_of(params), **shared)
@@ -113,11 +120,15 @@ def compare(
   round_ = seconds(runner(speculating, drawn), repeats) / num_steps
   state, info = runner(speculating, lambda state, info: info)()
   drafted = jnp.sum(info.num_drafted)
+  widths = np.array(sorted({*settings.get("widths", ()), num_drafts}))
+  needed = np.searchsorted(widths, jax.device_get(jnp.max(info.num_drafted, axis=1)))
+  shares = np.bincount(needed if len(widths) > 1 else 0 * needed, minlength=len(widths)) / num_steps
+  taken = [(int(w), share) for w, share in zip(widths, shares, strict=True) if share]
   return Costs(
     plain_step,
     round_,
     _target(model, target_of, params, state, 1, repeats),
-    _target(model, target_of, params, state, num_drafts + 1, repeats),
+    sum(share * _target(model, target_of, params, state, w + 1, repeats) for w, share in taken),
     _drafting(drafter_of, params, keys, state, repeats),
     float(jnp.mean(info.count)),
     float(jnp.sum(info.num_accepted) / jnp.maximum(drafted, 1)),
@@ -151,13 +162,16 @@ def _target(model, target_of, params, state, width, repeats):
 
 
 def _drafting(drafter_of, params, keys, state, repeats):
-  """Seconds for the drafter to draft once for each row."""
+  """Seconds for the drafter to draft once for each row, of a text that it has read before."""
   length = jnp.maximum(state.length - len(drafter_of(params).parents), 1)
   context = logits_lib.Context(state.tokens, length, state.prompt_length)
 
-  def body(arguments, i, draft_state):
-    params, keys, context = arguments
-    steps = jnp.full(keys.shape, i)
-    return drafter_of(params).draft(base.row_keys_at(keys, steps), context, draft_state)[1]
+  def body(arguments, i, carry):
+    (params, keys, context), (length, draft_state) = arguments, carry
+    keys, context = base.row_keys_at(keys, jnp.full(keys.shape, i)), context._replace(length=length)
+    drafts, draft_state = drafter_of(params).draft(keys, context, draft_state)
+    # Never true, but a loop that used no drafts would not make them.
+    used = (drafts.tokens < 0) | jnp.any(drafts.logits > 1e30, axis=-1)
+    return length + jnp.any(used, axis=1), draft_state
 
-  return _per_iteration(body, (params, keys, context), state.draft, repeats)
+  return _per_iteration(body, (params, keys, context), (length, state.draft), repeats)

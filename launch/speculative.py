@@ -35,6 +35,7 @@ from ..sampling import (
   lengths,
   logits,
   lookup,
+  speculative,
   trees,
 )
 from ..training import checkpoint, data, drafters, loop, optimizer, step
@@ -66,7 +67,8 @@ def build(config: experiment_lib.Config) -> Pair:
   sizes = target.tokenizer.vocab_size, draft.tokenizer.vocab_size
   if sizes[0] != sizes[1]:
     raise ValueError(f"The target has {sizes[0]} tokens, the draft {sizes[1]}: they have to agree.")
-  return Pair(
+  _check(config)
+  pair = Pair(
     config,
     target,
     draft,
@@ -75,6 +77,55 @@ def build(config: experiment_lib.Config) -> Pair:
       width=draft.model_config.width, num_blocks=config.confidence.num_blocks
     ),
   )
+  _trace(pair)
+  return pair
+
+
+def _check(config: experiment_lib.Config) -> None:
+  """Raises at the first number that its field cannot mean."""
+  for section in ("eagle", "confidence", "decode"):
+    for name, value in config[section].items():
+      numbers = value if isinstance(value, tuple) else (value,)
+      bound = 1 if isinstance(numbers[0] if numbers else 1, int) else 0
+      if not numbers or min(numbers) < bound or (name == "peak" and value == 0):
+        rule = "above 0" if name == "peak" else f"at least {bound}"
+        raise ValueError(f"config.{section}.{name} is {value}; it is {rule}.")
+
+
+def _init(pair: Pair, key: jax.Array) -> dict[str, Any]:
+  """Untrained params of everything, unstacked."""
+  target_key, draft_key, eagle_key, confidence_key = jax.random.split(key, 4)
+  tokens = jnp.zeros((1, 1), jnp.int32)
+  return {
+    "target": transformer.unstack(pair.target.model.init(target_key, tokens)),
+    "draft": transformer.unstack(pair.draft.model.init(draft_key, tokens)),
+    "eagle": transformer.unstack(pair.eagle.init(eagle_key)),
+    "confidence": pair.confidence.init(confidence_key, pair.draft.model_config.width),
+  }
+
+
+def _trace(pair: Pair) -> None:
+  """Raises where a model or a drafter cannot do what the table asks, before anything is trained."""
+  c = pair.config.decode
+  prompts = held_out_prompts(pair, max(c.batch_sizes))
+  keys = base.row_keys(jax.random.key(0), jnp.arange(prompts.length.size))
+  params = jax.eval_shape(functools.partial(_init, pair), jax.random.key(0))
+
+  def step(entry, params, keys):
+    drafter = entry.drafter(params)
+    room = speed.room(prompts, drafter, c.num_steps)
+    algorithm = speculative.speculative(
+      pair.target.model,
+      params["target"],
+      drafter,
+      max_length=room,
+      max_new_tokens=room,
+      **entry.settings,
+    )
+    return algorithm.step(keys, base.start(keys, algorithm, prompts))
+
+  for entry in entries(pair).values():
+    jax.eval_shape(functools.partial(step, entry), params, keys)
 
 
 def fit_head(
@@ -102,6 +153,10 @@ def fit_head(
   init_key, key = jax.random.split(jax.random.key(pair.config.target.seed))
   source = pair.target
   config = experiment_lib.to_json(pair.config)
+  config = {key: config[key] for key in ("target", "draft", name)} | {
+    "temperature": config["decode"]["temperature"]
+  }
+  free = [f"{model}.{field}" for model in ("target", "draft") for field in train.FREE]
 
   @functools.partial(jax.jit, donate_argnums=1)
   def train_step(frozen, state, batch):
@@ -121,6 +176,8 @@ def fit_head(
     if manager.latest_step() is None:
       state = jax.jit(begin)(init_key)
     else:
+      saved = checkpoint.load_config(f"{workdir}/{name}")
+      checkpoint.check_config(saved, config, ignore=set(free) - {"target.train.num_steps"})
       restored = checkpoint.restore(manager, jax.eval_shape(begin, init_key))
       state = restored.state
       data.set_state(batches, restored.data_state)
@@ -199,7 +256,7 @@ def entries(pair: Pair) -> dict[str, Entry]:
   draft, vocab_size = pair.draft.model, pair.target.tokenizer.vocab_size
   chain = {"num_drafts": c.num_drafts, "transform": transform}
   exit_model = early_exit.early_exit(pair.target.model_config, c.exit_layer)
-  widths = {"widths": sorted({0, 1, 2, 4, c.num_most} & set(range(c.num_most + 1)))}
+  widths = {"widths": sorted({0, 1, 2, 4} & set(range(c.num_most)))}
 
   def confident(params):
     embed = functools.partial(draft.embed, params["draft"])
@@ -323,7 +380,6 @@ def main(_: list[str]) -> None:
   with flags.one_line_errors():
     config, workdir = flags.required(flags.CONFIG), flags.required(flags.WORKDIR)
     pair = build(config)
-    held_out_prompts(pair, max(config.decode.batch_sizes))
   try:
     params = trained(pair, workdir)
     print(line(COLUMNS) + "\n" + line("---" for _ in COLUMNS))

@@ -43,8 +43,9 @@ def _likeliest(keys, logits, n):
 
 
 def _acceptance_of_likeliest(log_q, log_p, n):
-  chosen = jax.lax.top_k(log_q, n)[1]
-  return jnp.sum(jnp.exp(jnp.take_along_axis(log_p, chosen, axis=-1)), axis=-1)
+  highest, chosen = jax.lax.top_k(log_q, n)
+  p = jnp.exp(jnp.take_along_axis(log_p, chosen, axis=-1))
+  return jnp.sum(jnp.where(highest > -jnp.inf, p, 0), axis=-1)  # what is impossible is no draft
 
 
 independent = Siblings(
@@ -90,7 +91,7 @@ def by_model(
   again = int(depth.max()) + 1
 
   def init(prompts, capacity):
-    spare = len(parents)
+    spare = trees.spare(parents)
     return decode.prefill(model, params, prompts, capacity - spare, spare=spare)
 
   def begin(context, cache):
@@ -103,7 +104,8 @@ def by_model(
     last = (context.length - 1 - first)[:, None, None]
     return jnp.take_along_axis(hidden, last, axis=1), cache._replace(length=context.length)
 
-  def draft(keys, context, cache):
+  def draft(keys, context, cache, active=None):
+    del active
     hidden, cache = begin(context, cache)
     nodes, read = np.zeros(1, int), np.zeros(0, int)  # those of `hidden`, and those in the cache
     tokens, laws = jnp.zeros((keys.size, len(parents)), jnp.int32), {}
@@ -145,7 +147,12 @@ def _grow(keys, siblings, parents, nodes, law, tokens):
   for some, children in trees.families(parents):
     at = np.flatnonzero(np.isin(some, nodes))
     if at.size:
-      draw = lambda node, law, n=children.shape[1]: siblings.draw(
+      n = children.shape[1]
+      if n > law.shape[2]:
+        raise ValueError(
+          f"A node has {n} children, of a vocabulary of {law.shape[2]}: draft fewer."
+        )
+      draw = lambda node, law, n=n: siblings.draw(
         base.row_keys_at(keys, jnp.full(keys.shape, node)), law, n
       )
       places = np.array([np.flatnonzero(nodes == node)[0] for node in some[at]])

@@ -31,8 +31,9 @@ class Drafter(NamedTuple):
   Attributes:
     parents: which draft continues which, K of them; see `trees`.
     init: (prompts, capacity) -> State, leaves [B, ...]; capacity counts the slots of a row.
-    draft: (keys [B], context, state) -> (Drafts, State). The state may have read any prefix of the
-      context's tokens, and tokens that were refused since; what it goes by is the context.
+    draft: (keys [B], context, state, active=None) -> (Drafts, State), for the rows that are active
+      [B], all if None; what others are given is not looked at. The state may have read any prefix
+      of the context's tokens, and tokens that were refused since; what it goes by is the context.
     observe: (hidden [B, K + 1, D], verdict, state) -> State: what the target made of the last token
       of the text and of each draft.
     verify: a lossless Verify for drafts drawn this way.
@@ -41,7 +42,7 @@ class Drafter(NamedTuple):
 
   parents: trees.Parents
   init: Callable[[decode.Prompts, int], Any]
-  draft: Callable[[base.Keys, logits_lib.Context, Any], tuple[Drafts, Any]]
+  draft: Callable[..., tuple[Drafts, Any]]
   observe: Callable[[jax.Array, coupling.Verdict, Any], Any] = lambda hidden, verdict, state: state
   verify: coupling.Verify = coupling.block
   optimum: Callable[[jax.Array, jax.Array, int], jax.Array] = acceptance.optimal_acceptance
@@ -94,7 +95,7 @@ def by_model(
   def init(prompts, capacity):
     return decode.prefill(model, params, prompts, capacity)
 
-  def draft(keys, context, cache):
+  def draft(keys, context, cache, active=None):
     first = jnp.maximum(context.length - 2, 0)
     pair = window(context.tokens, first, 2)
     hidden, cache = models.apply(model, params, pair, cache._replace(length=first))
@@ -109,6 +110,7 @@ def by_model(
       advance=lambda hidden, token, cache: _read_one(model, params, token, cache),
       confidence=confidence,
       threshold=threshold,
+      active=active,
     )
 
   return Drafter(trees.chain(num_drafts), init, draft)
@@ -143,6 +145,7 @@ def chain_of(
   advance: Callable[[jax.Array, jax.Array, models.Cache], tuple[jax.Array, models.Cache]],
   confidence: Confidence | None,
   threshold: float | jax.Array,
+  active: jax.Array | None,
 ) -> tuple[Drafts, models.Cache]:
   """Draws up to K tokens in turn, each from what the ones before it lead to.
 
@@ -160,6 +163,7 @@ def chain_of(
     advance: (hidden, token [B], cache) -> (hidden, cache), which has read the token.
     confidence: of a draft; without, every row drafts K.
     threshold: h, scalar or [B].
+    active: [B], rows that draft; all if None.
 
   Reference: Huang et al. 2024 (SpecDec++), arXiv 2405.19715, for the threshold policy.
   """
@@ -194,7 +198,8 @@ def chain_of(
     jnp.zeros((batch_size, num_drafts), jnp.int32),
     jnp.full((batch_size, num_drafts, shape.shape[1]), -jnp.inf, shape.dtype),
   )
-  kept = empty, jnp.ones(batch_size), jnp.ones(batch_size, bool)
+  going = jnp.ones(batch_size, bool) if active is None else active
+  kept = empty, jnp.ones(batch_size, jnp.float32), going
   token, context, kept = draw(0, hidden, context, kept)
   carry = jnp.int32(1), token, hidden, cache, context, kept
   *_, cache, _, (drafts, _, _) = jax.lax.while_loop(unfinished, body, carry)

@@ -60,7 +60,7 @@ def by_features(
     hidden = jnp.pad(last, ((0, 0), (0, num_drafts), (0, 0)))
     return FeatureState(cache, hidden, jnp.ones_like(prompts.length))
 
-  def draft(keys, context, state):
+  def draft(keys, context, state, active=None):
     # A row that ended early wrote less than it had counted; it is not drafted for, but goes along.
     first = jnp.maximum(context.length - state.count, 0)
     embedded = model.embed(params, drafting.window(context.tokens, first, num_drafts + 1))
@@ -77,6 +77,7 @@ def by_features(
       advance=advance,
       confidence=confidence,
       threshold=threshold,
+      active=active,
     )
     return drafts, state._replace(cache=cache)
 

@@ -10,17 +10,22 @@ import jax
 import jax.numpy as jnp
 
 from . import drafting, trees
+from . import logits as logits_lib
 
 
 def ngram(vocab_size: int, *, num_drafts: int, size: int = 2) -> drafting.Drafter:
   """Prompt lookup: what followed the last `size` tokens when they last came before.
 
+  Raises:
+    ValueError: size is not at least 1.
+
   Reference: Saxena 2023, github.com/apoorvumang/prompt-lookup-decoding, which takes the first
   match and tries shorter n-grams.
   """
+  logits_lib.require("size", size, lambda size: size >= 1, "at least 1")
 
-  def draft(keys, context, state):
-    del keys
+  def draft(keys, context, state, active=None):
+    del keys, active
     tokens, length = context.tokens, context.length
     index = jnp.arange(tokens.shape[1])[None, :]
     matches = (index >= size - 1) & (index < length[:, None] - 1)
@@ -64,8 +69,8 @@ def suffix(vocab_size: int, *, num_drafts: int, shortest: int = 1) -> drafting.D
     match = jnp.zeros((read.size, capacity), jnp.int32)
     return _read_on(prompts.tokens, prompts.length, Suffixes(read, match))
 
-  def draft(keys, context, state):
-    del keys
+  def draft(keys, context, state, active=None):
+    del keys, active
     state = _read_on(context.tokens, context.length, state)
     index = jnp.arange(state.match.shape[1])[None, :]
     longest = jnp.max(state.match, axis=1, keepdims=True)
@@ -102,4 +107,4 @@ def _copied(context, end, vocab_size, num_drafts):
   known = (end[:, None] >= 0) & (places < length[:, None])
   drafts = jnp.take_along_axis(tokens, jnp.minimum(places, tokens.shape[1] - 1), axis=1)
   one_hot = jnp.arange(vocab_size)[None, None, :] == drafts[:, :, None]
-  return drafting.Drafts(drafts, jnp.where(one_hot & known[:, :, None], 0.0, -jnp.inf))
+  return drafting.Drafts(drafts, jnp.where(one_hot & known[:, :, None], jnp.float32(0), -jnp.inf))

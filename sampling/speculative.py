@@ -33,17 +33,18 @@ class SpeculativeState(NamedTuple):
 class SpeculativeInfo(NamedTuple):
   """What a step did: K drafts judged, D of them one after the other in the deepest path.
 
-  A frozen row's entries are 0.
+  `log_prob` is of the law drawn from if the rule is lossless. `optimum` is of rules that judge
+  position by position: block verification may accept more. A frozen row's entries are 0.
   """
 
   token: jax.Array  # [B, D + 1] int32, then zeros
   count: jax.Array  # [B] int32, tokens written
-  log_prob: jax.Array  # [B, D + 1], of the law they are drawn from; 0 under greedy
+  log_prob: jax.Array  # [B, D + 1], of the target's transformed law; 0 under greedy
   model_log_prob: jax.Array  # [B, D + 1], of the target's own law
   num_drafted: jax.Array  # [B] int32
   num_accepted: jax.Array  # [B] int32, drafts that stood, those after a stop token included
   accept_prob: jax.Array  # [B, K], of each draft, if its parent stands
-  optimum: jax.Array  # [B], summed over positions judged: the best acceptance of any lossless rule
+  optimum: jax.Array  # [B], the best acceptance of its drafts, summed over positions judged
 
 
 class Samples(NamedTuple):
@@ -57,7 +58,7 @@ class Samples(NamedTuple):
   num_calls: jax.Array  # [B] int32, of the target
   num_drafted: jax.Array  # [B] int32
   num_accepted: jax.Array  # [B] int32, drafts that stood, those after a stop token included
-  optimum: jax.Array  # [B], how many would have been by the best rule at the same positions
+  optimum: jax.Array  # [B], see `SpeculativeInfo`
 
 
 def speculative(
@@ -102,10 +103,10 @@ def speculative(
   """
   transform = drafting.without_feedback(transform)
   parents = drafter.parents
-  widths = _checked_widths(widths, parents)
+  widths, depth = _checked_widths(widths, parents), int(trees.depths(parents).max())
   verify = drafter.verify if verify is None else verify
   stop = jnp.array(stop, jnp.int32)
-  slots = (max_length if capacity is None else capacity) + spare(parents)
+  slots = (max_length if capacity is None else capacity) + trees.spare(parents)
 
   def room(state_length, prompt_length):
     return jnp.minimum(max_length - state_length, prompt_length + max_new_tokens - state_length)
@@ -116,9 +117,9 @@ def speculative(
       model,
       params,
       prompts,
-      slots - spare(parents),
+      slots - trees.spare(parents),
       chunk=prefill_chunk,
-      spare=spare(parents),
+      spare=trees.spare(parents),
     )
     return SpeculativeState(
       step=jnp.zeros_like(prompts.length),
@@ -133,11 +134,16 @@ def speculative(
   def step(keys, state):
     draft_keys, verify_keys = jax.vmap(lambda key: tuple(jax.random.split(key)))(keys)
     context = logits_lib.Context(state.tokens, state.length, state.prompt_length)
-    drafts, draft_state = drafter.draft(draft_keys, context, state.draft)
+    drafts, draft_state = drafter.draft(draft_keys, context, state.draft, ~state.done)
     drafted = jnp.any(drafts.logits > -jnp.inf, axis=2) & ~state.done[:, None]
     score = functools.partial(_score, model, params, transform, parents, drafts, context)
     scores, cache = _narrowest(score, widths, drafted, state.cache)
     verdict = verify(verify_keys, drafts.tokens, drafts.logits, scores.laws)
+    if verdict.path.shape[1] != depth:
+      raise ValueError(
+        f"verify judges drafts {verdict.path.shape[1]} deep, the drafter's are {depth}: for a "
+        "tree, give coupling.tree(rule, the drafter's parents)."
+      )
     left = jnp.where(state.done, 0, room(state.length, state.prompt_length))
     token, count = _written(drafts.tokens, verdict, stop, left)
     last = jnp.take_along_axis(token, jnp.maximum(count - 1, 0)[:, None], axis=1)
@@ -148,7 +154,7 @@ def speculative(
       count=count,
       log_prob=_log_prob(scores.laws, token, verdict.path),
       model_log_prob=_log_prob(scores.logits, token, verdict.path),
-      num_drafted=jnp.sum(drafted, axis=1, dtype=jnp.int32),
+      num_drafted=_num_possible(drafts, state.done),
       num_accepted=verdict.num_accepted,
       accept_prob=jnp.where(drafted, verdict.accept_prob, 0),
       optimum=_optimum(drafter, drafts, drafted, scores.laws, verdict),
@@ -175,15 +181,10 @@ class Scores(NamedTuple):
   laws: jax.Array  # [B, K + 1, V], the transform's
 
 
-def spare(parents: trees.Parents) -> int:
-  """Slots beyond the longest sequence: a tree's nodes share positions, so it needs more of them."""
-  return 0 if parents == trees.chain(len(parents)) else len(parents)
-
-
 def _checked_widths(widths, parents):
   """The widths in order, K the last."""
   num_drafts = len(parents)
-  if widths and spare(parents):
+  if widths and trees.spare(parents):
     raise ValueError("widths are of chains: a tree is verified whole.")
   if any(not 0 <= width <= num_drafts for width in widths):
     raise ValueError(f"widths={tuple(widths)}: a call verifies 0 to {num_drafts} drafts.")
@@ -195,7 +196,7 @@ def _score(model, params, transform, parents, drafts, context, cache, width):
   num_drafts = len(parents)
   last = jnp.take_along_axis(context.tokens, context.length[:, None] - 1, axis=1)
   read = jnp.concatenate([last, drafts.tokens[:, :width]], axis=1)
-  where = _places(parents, context) if spare(parents) else {}
+  where = _places(parents, context) if trees.spare(parents) else {}
   hidden, cache = models.apply(model, params, read, cache, **where)
   logits = model.readout(params, hidden)
   contexts = trees.contexts(context, parents, drafts.tokens, range(width + 1))
@@ -229,7 +230,7 @@ def _narrowest(score, widths, drafted, cache):
 
 def _written(drafts, verdict, stop, room):
   """The tokens that a step writes, [B, D + 1], then zeros, and how many: up to a stop token."""
-  places = jnp.arange(verdict.path.shape[1] + 1)[None, :]
+  places = jnp.arange(verdict.path.shape[1] + 1, dtype=jnp.int32)[None, :]
   accepted = verdict.num_accepted[:, None]
   token = jnp.take_along_axis(drafts, jnp.maximum(verdict.path, 0), axis=1)
   token = jnp.where(places == accepted, verdict.token[:, None], jnp.pad(token, ((0, 0), (0, 1))))
@@ -240,6 +241,12 @@ def _written(drafts, verdict, stop, room):
   return jnp.where(places < count[:, None], token, 0), count
 
 
+def _num_possible(drafts, done):
+  """[B]: of n siblings of a law of fewer tokens, the rest are none."""
+  logits = jnp.take_along_axis(drafts.logits, drafts.tokens[:, :, None], axis=2)[:, :, 0]
+  return jnp.sum((logits > -jnp.inf) & ~done[:, None], axis=1, dtype=jnp.int32)
+
+
 def _append(tokens, length, new, count):
   places = jnp.arange(new.shape[1])[None, :]
   slots = jnp.where(places < count[:, None], length[:, None] + places, tokens.shape[1])
@@ -248,7 +255,7 @@ def _append(tokens, length, new, count):
 
 def _kept(cache, parents, verdict, length):
   """The cache with the accepted path in the slots after the text."""
-  if not spare(parents):
+  if not trees.spare(parents):
     return cache  # a chain is there already
   places = length[:, None] + jnp.arange(verdict.path.shape[1])[None, :]
   return cache.moved(length[:, None] + jnp.maximum(verdict.path, 0), places)
@@ -318,7 +325,7 @@ def generate(
 
   def is_done(recorded):
     state = recorded.state
-    slots = state.tokens.shape[1] - spare(drafter.parents)
+    slots = state.tokens.shape[1] - trees.spare(drafter.parents)
     cramped = jnp.any(~state.done & (state.length + most > slots))  # then all rows wait
     return state.done | ((slots < room) & cramped)
 

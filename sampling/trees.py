@@ -91,6 +91,11 @@ def families(parents: Parents) -> list[tuple[np.ndarray, np.ndarray]]:
   return [(np.array(nodes[n]), np.array([children[at] for at in nodes[n]])) for n in sizes]
 
 
+def spare(parents: Parents) -> int:
+  """Slots beyond the longest sequence: a tree's nodes share positions, so it needs more of them."""
+  return 0 if parents == chain(len(parents)) else len(parents)
+
+
 def contexts(
   context: logits_lib.Context, parents: Parents, tokens: jax.Array, nodes: Sequence[int]
 ) -> logits_lib.Context:

@@ -4,16 +4,11 @@ import json
 import subprocess
 import sys
 
-import jax
-import jax.numpy as jnp
 import numpy as np
 import pytest
 
 from ancestral.configs import speculative as config_lib
 from ancestral.launch import speculative
-from ancestral.models import transformer
-from ancestral.sampling import base
-from ancestral.sampling import speculative as sampling
 
 
 @pytest.fixture
@@ -40,39 +35,27 @@ def small(folder):
   return config
 
 
-def test_every_drafter_of_the_table_draws_of_untrained_params(folder):
-  """Shapes of a step, and that each drafter finds what it needs among the params."""
-  pair = speculative.build(small(folder))
-  prompts = speculative.held_out_prompts(pair, 2)
-  keys = base.row_keys(jax.random.key(0), jnp.arange(2))
-  tokens = jnp.zeros((1, 1), jnp.int32)
-
-  def init(key):
-    target_key, draft_key, eagle_key, confidence_key = jax.random.split(key, 4)
-    return {
-      "target": transformer.unstack(pair.target.model.init(target_key, tokens)),
-      "draft": transformer.unstack(pair.draft.model.init(draft_key, tokens)),
-      "eagle": transformer.unstack(pair.eagle.init(eagle_key)),
-      "confidence": pair.confidence.init(confidence_key, pair.draft.model_config.width),
-    }
-
-  params = jax.eval_shape(init, jax.random.key(0))
-  for name, entry in speculative.entries(pair).items():
-
-    def step(params, keys, entry=entry):
-      drafter = entry.drafter(params)
-      algorithm = sampling.speculative(
-        pair.target.model,
-        params["target"],
-        drafter,
-        max_length=64,
-        max_new_tokens=20,
-        **entry.settings,
-      )
-      return algorithm.step(keys, base.start(keys, algorithm, prompts))
-
-    state, info = jax.eval_shape(step, params, keys)
-    assert state.tokens.shape[0] == 2 and info.token.shape[1] >= 5, name
+@pytest.mark.parametrize(
+  ("field", "value", "message"),
+  [
+    ("decode.exit_layer", 99, "99"),
+    ("decode.num_siblings", 0, "decode.num_siblings is 0; it is at least 1"),
+    ("decode.num_siblings", 999, "999 children"),
+    ("decode.temperature", -1.0, "decode.temperature is -1.0; it is at least 0"),
+    ("decode.batch_sizes", (), "decode.batch_sizes is"),
+    ("eagle.num_steps", 0, "eagle.num_steps is 0"),
+    ("confidence.peak", 0.0, "confidence.peak is 0.0; it is above 0"),
+    ("target.model.window", 8, "sliding window"),
+    ("target.model.positions", "learned", "no positions beyond"),
+  ],
+)
+def test_what_cannot_be_decoded_is_refused_before_training(folder, field, value, message):
+  config = small(folder)
+  with config.unlocked():
+    config.update_from_flattened_dict({field: value})
+    config.decode.num_steps = 12
+  with pytest.raises(ValueError, match=message):
+    speculative.build(config)
 
 
 def test_held_out_prompts_are_held_out_text(folder):

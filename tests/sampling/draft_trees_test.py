@@ -57,11 +57,18 @@ def filters():
   return logits.chain(logits.temperature(1.5), truncation.top_k(3))
 
 
+SLOWLY = [("siblings", name, logits.chain) for name in ("RRS", "match", "K-SEQ")]
+SLOWLY += [("ragged", "K-SEQ", filters), ("ragged", "RRS", filters)]
+
+
 @pytest.mark.parametrize(
   ("shape", "siblings", "transform"),
-  [("siblings", name, logits.chain) for name in ("K-SEQ", "RRS", "match")]
-  + [("ragged", name, filters) for name in ("K-SEQ", "RRS without replacement", "likeliest")]
-  + [("chains", "K-SEQ", logits.chain)],
+  [
+    ("chains", "K-SEQ", logits.chain),
+    ("ragged", "RRS without replacement", filters),
+    ("ragged", "likeliest", filters),
+    *(pytest.param(*case, marks=pytest.mark.slow) for case in SLOWLY),
+  ],
 )
 def test_the_law_is_the_targets(shape, siblings, transform):
   target = targets.table_target(vocab_size=4, order=2)

@@ -115,6 +115,7 @@ def test_the_law_is_the_targets():
   assert 0.1 < samples.num_accepted.sum() / samples.num_drafted.sum() < 0.9
 
 
+@pytest.mark.slow
 def test_greedy_is_greedy_token_for_token():
   model, _, params = pair()
   case = targets.keys_of(np.arange(5)), targets.prompts_of(ROWS)

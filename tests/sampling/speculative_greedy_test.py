@@ -125,8 +125,8 @@ def plain(batch_size):
 
 @pytest.mark.parametrize(
   ("drafter", "batch_size", "bucket"),
-  [(drafter, batch_size, 256) for drafter in DRAFTERS for batch_size in (1, 16)]
-  + [(drafter, 16, 8) for drafter in ("model", "features", "tree of the likeliest")],
+  [(drafter, 16, 8) for drafter in DRAFTERS]
+  + [pytest.param(drafter, 1, 256, marks=pytest.mark.slow) for drafter in DRAFTERS],
 )
 def test_greedy_is_greedy_token_for_token(drafter, batch_size, bucket):
   """With a bucket of 8 the caches grow on the way, where any row needs it."""
@@ -144,7 +144,7 @@ def test_greedy_is_greedy_token_for_token(drafter, batch_size, bucket):
       transform=logits.greedy(),
       stop=STOP,
       bucket=bucket,
-      widths=() if speculative.spare(made.parents) else (0, 1, 3),
+      widths=() if trees.spare(made.parents) else (0, 1, 3),
     )
 
   prompts, keys = request(batch_size)
