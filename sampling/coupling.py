@@ -257,7 +257,8 @@ def chain(rule: Rule) -> Verify:
   """
 
   def verify(keys, drafts, draft_logits, target_logits):
-    return tree(rule, trees.chain(drafts.shape[-1]))(keys, drafts, draft_logits, target_logits)
+    links = tree(rule, range(-1, drafts.shape[-1] - 1))
+    return links(keys, drafts, draft_logits, target_logits)
 
   return verify
 
@@ -283,7 +284,7 @@ def tree(rule: Rule, parents: Sequence[int]) -> Verify:
   parents = trees.checked(parents)
   families, lineage = trees.families(parents), trees.lineage(parents)
   depth = lineage.sum(axis=1)
-  levels = np.arange(1, max(depth) + 1)
+  levels = np.arange(1, max(depth, default=0) + 1)
 
   def one(key, drafts, draft_logits, target_logits):
     coin_key, token_key = jax.random.split(key)

@@ -83,9 +83,14 @@ def by_model(
     rule: of `coupling`, for drafts drawn so; that of the siblings if None.
     transform: the target's; drafts of another law are accepted less often.
 
+  Raises:
+    ValueError: the tree is none, has no draft, or a node more children than there are tokens.
+
   Reference: Miao et al. 2023 (SpecInfer), arXiv 2305.09781.
   """
   parents = trees.checked(parents)
+  if not parents:
+    raise ValueError("A tree without drafts: it has at least 1.")
   transform = drafting.without_feedback(transform)
   depth = trees.depths(parents)
   again = int(depth.max()) + 1

@@ -20,11 +20,9 @@ def checked(parents: Sequence[int]) -> Parents:
   """The parents as a tuple.
 
   Raises:
-    ValueError: there are none, or a parent does not come before its child.
+    ValueError: a parent does not come before its child.
   """
   parents = tuple(int(parent) for parent in parents)
-  if not parents:
-    raise ValueError("A tree has at least 1 draft.")
   wrong = [i for i, parent in enumerate(parents) if not -1 <= parent < i]
   if wrong:
     raise ValueError(f"tree: draft {wrong[0]} continues {parents[wrong[0]]}; parents come first.")
@@ -32,7 +30,11 @@ def checked(parents: Sequence[int]) -> Parents:
 
 
 def chain(length: int) -> Parents:
-  """One draft after the other."""
+  """One draft after the other.
+
+  Raises:
+    ValueError: there is none.
+  """
   if length < 1:
     raise ValueError(f"A chain of {length} drafts: it has at least 1.")
   return tuple(range(-1, length - 1))

@@ -58,6 +58,7 @@ def test_an_exit_is_after_a_layer_that_there_is(num_layers):
 GREEDY = {"max_new_tokens": 12, "transform": logits.greedy(), "stop": (7,)}
 
 
+@pytest.mark.slow
 def test_greedy_is_greedy_token_for_token():
   model, params = targets.tiny_target(scan_layers=False)
   keys, prompts = targets.keys_of(np.arange(5)), targets.prompts_of(ROWS)

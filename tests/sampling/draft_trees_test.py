@@ -130,7 +130,7 @@ def test_drafts_are_of_the_laws_that_are_given_with_them(siblings):
 
 
 @pytest.mark.parametrize(
-  ("parents", "message"), [((), "at least 1 draft"), ((-1, 1), "parents come first")]
+  ("parents", "message"), [((), "at least 1"), ((-1, 1), "parents come first")]
 )
 def test_a_tree_that_is_none_is_refused(parents, message):
   with pytest.raises(ValueError, match=message):

@@ -125,7 +125,8 @@ def plain(batch_size):
 
 @pytest.mark.parametrize(
   ("drafter", "batch_size", "bucket"),
-  [(drafter, 16, 8) for drafter in DRAFTERS]
+  [(drafter, 16, 256) for drafter in DRAFTERS]
+  + [(drafter, 16, 8) for drafter in ("features", "tree of the likeliest")]
   + [pytest.param(drafter, 1, 256, marks=pytest.mark.slow) for drafter in DRAFTERS],
 )
 def test_greedy_is_greedy_token_for_token(drafter, batch_size, bucket):
