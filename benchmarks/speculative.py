@@ -21,7 +21,7 @@ import time
 import jax
 import jax.numpy as jnp
 import numpy as np
-from absl import app, flags
+from absl import app, flags, logging
 
 from ancestral.benchmarks import decode_hf
 from ancestral.evaluation import speed
@@ -162,7 +162,7 @@ def trained_pair(workdir, rows):
     experiment_lib.restore_params(None, f"{workdir}/{name}")[:2] for name in ("target", "draft")
   )
   both = {"target": params, "draft": draft_params}
-  text = np.concatenate([built.held_out[i]["tokens"] for i in range(40)])
+  text = np.concatenate([built.held_out[i]["tokens"] for i in range(len(built.held_out))])
   for batch_size in map(int, _BATCH_SIZES.value):
     tokens = text[: batch_size * PROMPT].reshape(batch_size, PROMPT)
     costs = speed.compare(
@@ -261,6 +261,7 @@ def assisted(built, params, small, draft_params, prompt):
 
 def main(_):
   """Prints the table, and writes it."""
+  logging.set_verbosity(logging.ERROR)  # of checkpoints
   rows = []
   print(f"{decode_hf.processor()}, jax {jax.__version__}, gamma {_GAMMA.value}")
   print("| acceptance | batch | E | v | gamma c | E / (v + gamma c) | realised | ratio |")

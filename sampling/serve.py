@@ -112,18 +112,8 @@ class Drawn(NamedTuple):
   model_log_prob: jax.Array  # [chunk, B, M]
 
 
-def _programs(decoder, transform, *, max_length, stop, chunk, prefill_chunk) -> Programs:
-
-  def algorithm(params, slots, capacity):
-    return decoder(
-      params,
-      max_length=max_length,
-      max_new_tokens=slots.max_new_tokens,
-      transform=transform(slots.settings),
-      stop=stop,
-      capacity=capacity,
-      prefill_chunk=prefill_chunk,
-    )
+def _programs(algorithm, chunk) -> Programs:
+  """Of algorithm(params, slots, S), for `chunk` steps at once."""
 
   def fill(params, key, slots, prompts, capacity):
     keys = base.row_keys(key, slots.seed)
@@ -261,9 +251,19 @@ def server(
   """
   if rows < 1:
     raise ValueError(f"rows={rows}: serving takes at least 1.")
-  programs = _programs(
-    decoder, transform, max_length=max_length, stop=stop, chunk=chunk, prefill_chunk=prefill_chunk
-  )
+
+  def algorithm(params, slots, capacity):
+    return decoder(
+      params,
+      max_length=max_length,
+      max_new_tokens=slots.max_new_tokens,
+      transform=transform(slots.settings),
+      stop=stop,
+      capacity=capacity,
+      prefill_chunk=prefill_chunk,
+    )
+
+  programs = _programs(algorithm, chunk)
   sizes = decode.buckets(bucket, max_length)
   group = prefill_rows or max(1, rows // 8)
 

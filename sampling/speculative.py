@@ -149,16 +149,7 @@ def speculative(
     last = jnp.take_along_axis(token, jnp.maximum(count - 1, 0)[:, None], axis=1)
     stopped = (count > 0) & jnp.any(last == stop[None, :], axis=1)
     length = state.length + count
-    info = SpeculativeInfo(
-      token=token,
-      count=count,
-      log_prob=_log_prob(scores.laws, token, verdict.path),
-      model_log_prob=_log_prob(scores.logits, token, verdict.path),
-      num_drafted=_num_possible(drafts, state.done),
-      num_accepted=verdict.num_accepted,
-      accept_prob=jnp.where(drafted, verdict.accept_prob, 0),
-      optimum=_optimum(drafter, drafts, drafted, scores.laws, verdict),
-    )
+    info = _info(drafter, drafts, drafted, scores, verdict, token, count)
     state = SpeculativeState(
       step=state.step + ~state.done,
       tokens=_append(state.tokens, state.length, token, count),
@@ -168,7 +159,7 @@ def speculative(
       cache=_kept(cache, parents, verdict, state.length)._replace(length=length - 1),
       draft=drafter.observe(scores.hidden, verdict, draft_state),
     )
-    return state, _blank(info, count)
+    return state, info
 
   return base.SamplingAlgorithm(init, step)
 
@@ -191,7 +182,7 @@ def _checked_widths(widths, parents):
   return sorted({*widths, num_drafts})
 
 
-def _score(model, params, transform, parents, drafts, context, cache, width):
+def _score(model, params, transform, parents, drafts, context, cache, *, width):
   """Scores of the first `width` drafts, zeros for the others, and the cache that has read them."""
   num_drafts = len(parents)
   last = jnp.take_along_axis(context.tokens, context.length[:, None] - 1, axis=1)
@@ -221,10 +212,10 @@ def _places(parents, context):
 def _narrowest(score, widths, drafted, cache):
   """score(cache, width) of the least width that holds every row's drafts."""
   if len(widths) == 1:
-    return score(cache, widths[0])
+    return score(cache, width=widths[0])
   needed = jnp.max(jnp.where(drafted, jnp.arange(1, drafted.shape[1] + 1)[None, :], 0))
   index = jnp.searchsorted(jnp.array(widths), needed)
-  branches = [lambda cache, width=width: score(cache, width) for width in widths]
+  branches = [functools.partial(score, width=width) for width in widths]
   return jax.lax.switch(index, branches, cache)
 
 
@@ -241,10 +232,10 @@ def _written(drafts, verdict, stop, room):
   return jnp.where(places < count[:, None], token, 0), count
 
 
-def _num_possible(drafts, done):
+def _num_possible(drafts):
   """[B]: of n siblings of a law of fewer tokens, the rest are none."""
   logits = jnp.take_along_axis(drafts.logits, drafts.tokens[:, :, None], axis=2)[:, :, 0]
-  return jnp.sum((logits > -jnp.inf) & ~done[:, None], axis=1, dtype=jnp.int32)
+  return jnp.sum(logits > -jnp.inf, axis=1, dtype=jnp.int32)
 
 
 def _append(tokens, length, new, count):
@@ -282,12 +273,19 @@ def _optimum(drafter, drafts, drafted, laws, verdict):
   return total
 
 
-def _blank(info, count):
-  """Info with zeros where nothing was written, and in frozen rows."""
-  written = jnp.arange(info.token.shape[1])[None, :] < count[:, None]
-  info = info._replace(
-    log_prob=jnp.where(written, info.log_prob, 0),
-    model_log_prob=jnp.where(written, info.model_log_prob, 0),
+def _info(drafter, drafts, drafted, scores, verdict, token, count):
+  """What a step did, zeros where nothing was written, and in frozen rows."""
+  written = jnp.arange(token.shape[1])[None, :] < count[:, None]
+  zero = lambda log_prob: jnp.where(written, log_prob, 0)
+  info = SpeculativeInfo(
+    token=token,
+    count=count,
+    log_prob=zero(_log_prob(scores.laws, token, verdict.path)),
+    model_log_prob=zero(_log_prob(scores.logits, token, verdict.path)),
+    num_drafted=_num_possible(drafts),
+    num_accepted=verdict.num_accepted,
+    accept_prob=jnp.where(drafted, verdict.accept_prob, 0),
+    optimum=_optimum(drafter, drafts, drafted, scores.laws, verdict),
   )
   return base.select_rows(count > 0, info, jax.tree.map(jnp.zeros_like, info))
 
