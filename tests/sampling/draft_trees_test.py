@@ -154,3 +154,31 @@ def test_a_sliding_window_refuses_trees():
       targets.keys_of(np.arange(5)),
       max_new_tokens=3,
     )
+
+
+def test_the_likeliest_that_cannot_be_drawn_are_no_drafts():
+  log_q = jnp.log(jnp.array([0.0, 0.0, 0.0, 1.0, 0.0]))
+  log_p = jnp.log(jnp.array([0.6, 0.1, 0.1, 0.1, 0.1]))
+  np.testing.assert_allclose(draft_trees.likeliest.optimum(log_q, log_p, 3), 0.1, rtol=1e-6)
+
+
+@pytest.mark.parametrize("max_new_tokens", [0, 1, 5])
+def test_a_tree_may_be_a_chain(max_new_tokens):
+  model, params = targets.tiny_target(num_layers=1)
+  drafter = draft_trees.by_model(*tiny(1), parents=trees.chain(2))
+  prompts, keys = targets.prompts_of(ROWS), targets.keys_of(np.arange(5))
+  samples = generated((model, params), drafter, prompts, keys, max_new_tokens=max_new_tokens)
+  np.testing.assert_array_equal(samples.length - samples.prompt_length, max_new_tokens)
+
+
+def test_a_rule_for_another_tree_is_refused():
+  drafter = draft_trees.by_model(*tiny(1), parents=(-1, -1, 0))
+  with pytest.raises(ValueError, match="3 deep, the drafter's are 2"):
+    generated(
+      tiny(0),
+      drafter,
+      targets.prompts_of(ROWS),
+      targets.keys_of(np.arange(5)),
+      max_new_tokens=3,
+      verify=coupling.tree(coupling.sample_and_match, trees.chain(3)),
+    )

@@ -13,6 +13,7 @@ from ancestral.sampling import (
   base,
   coupling,
   decode,
+  draft_trees,
   drafting,
   feedback,
   logits,
@@ -165,3 +166,54 @@ def test_a_transform_that_feeds_back_is_refused():
       max_new_tokens=3,
       transform=feedback.mirostat_v2(3.0),
     )
+
+
+X64 = {
+  "chain": lambda: drafting.by_model(*tiny(1), num_drafts=2, confidence=sure),
+  "tree": lambda: draft_trees.by_model(*tiny(1), parents=(-1, -1, 0)),
+  "n-gram": lambda: lookup.ngram(23, num_drafts=2),
+  "suffix": lambda: lookup.suffix(23, num_drafts=2),
+}
+
+
+def sure(hidden, token, law):
+  return 0.99 - 0.01 * token
+
+
+@pytest.mark.parametrize("drafter", X64)
+def test_it_traces_where_64_bits_are_the_default(drafter):
+  (model, params), made = tiny(0), X64[drafter]()
+  with jax.enable_x64(True):
+    samples = jax.eval_shape(
+      lambda params, keys, prompts: speculative.generate(
+        model, params, made, keys, prompts, max_new_tokens=4
+      ),
+      params,
+      targets.keys_of(np.arange(5)),
+      targets.prompts_of(ROWS),
+    )
+  assert samples.tokens.shape == (5, 11) and samples.log_prob.dtype == "float32"
+
+
+def test_idle_rows_keep_no_draft_loop_going():
+  """A row that is done is sure of every draft, one that goes on of none: one draft is drawn."""
+  calls = []
+  model, params = tiny(1)
+
+  def trunk(params, x, *args, **kwargs):
+    jax.debug.callback(lambda: calls.append(1))
+    return model.trunk(params, x, *args, **kwargs)
+
+  confidence = lambda hidden, token, law: jnp.array([0.0, 1.0])
+  drafter = drafting.by_model(
+    model._replace(trunk=trunk), params, num_drafts=8, confidence=confidence
+  )
+  prompts = targets.prompts_of([[1, 2], [3, 4]])
+  context = logits.Context(decode.buffer(prompts, 16), prompts.length, prompts.length)
+  cache = drafter.init(prompts, 16)
+  calls.clear()
+  keys, active = targets.keys_of([0, 1]), jnp.array([True, False])
+  drafts, _ = jax.jit(drafter.draft)(keys, context, cache, active)
+  jax.effects_barrier()
+  assert len(calls) == 1 and np.isfinite(drafts.logits[0, 0]).all()
+  assert np.all(drafts.logits[1] == -np.inf) and np.all(drafts.logits[0, 1:] == -np.inf)
