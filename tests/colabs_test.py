@@ -30,6 +30,7 @@ def test_has_no_logic_of_its_own(path):
     assert len(cell.source.splitlines()) <= 15, cell.source
 
 
+@pytest.mark.slow
 @pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::ResourceWarning")
 @pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda path: path.name)
 def test_runs(path, tmp_path, monkeypatch):

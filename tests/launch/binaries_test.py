@@ -36,6 +36,7 @@ def params(workdir, **kwargs):
   return experiment.restore_params(None, workdir, **kwargs)[1]
 
 
+@pytest.mark.slow
 def test_a_sweep_is_the_product_of_its_axes_typed_and_independent(command, tiny, tmp_path):
   outcome = command(
     train,
@@ -167,6 +168,7 @@ def test_the_best_checkpoint_is_the_one_that_evaluated_best(command, tiny, tmp_p
   )
 
 
+@pytest.mark.slow
 def test_text_of_a_folder_and_of_a_jsonl_file(command, tiny, tmp_path):
   rng = random.Random(0)
   (tmp_path / "texts").mkdir()

@@ -78,6 +78,7 @@ def stopped(number, moment, workdir, arguments):
   return process.returncode, printed
 
 
+@pytest.mark.slow
 def test_killed_corrupted_terminated_and_interrupted(command, tiny, tmp_path):
   num_steps, rng = 120, random.Random(0)
   arguments = tiny(

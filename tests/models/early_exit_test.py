@@ -35,6 +35,7 @@ def test_it_is_the_model_without_its_last_layers(num_layers, layout):
   assert apart < 1e-5 if num_layers == 3 else apart > 0.1
 
 
+@pytest.mark.slow
 def test_its_params_are_the_whole_models_and_its_cache_is_shallow():
   _, params = target()
   leaving = early_exit.early_exit(CONFIG, 2)

@@ -254,6 +254,7 @@ def linear_diffusion_token(params):
   return slope, offset, variance
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("num_drafts", [0, 2])
 def test_the_end_of_a_diffusion_path_has_its_closed_form(num_drafts):
   target, draft = linear_diffusion(0), linear_diffusion(1)
@@ -295,6 +296,7 @@ def tiny_diffusion(seed):
   return tiny(heads.diffusion(2, BETAS, width=16, num_blocks=1)[0], seed)
 
 
+@pytest.mark.slow
 def test_a_diffusion_heads_tokens_have_one_law_with_and_without_speculation():
   num = 6000
   make, params = plain(tiny_diffusion(0), 3)
@@ -335,6 +337,7 @@ def log_probs(target, tokens):
   return np.asarray(jax.jit(jax.vmap(jax.vmap(of_one)))(hidden, tokens))
 
 
+@pytest.mark.slow
 def test_accepted_drafts_were_judged_by_the_laws_of_a_full_pass():
   target, draft = tiny_mixture(0), tiny_mixture(1)
   state, infos = tiny_stepping()(np.arange(64))

@@ -127,10 +127,12 @@ def files(directory):
   return sorted(p.relative_to(directory) for p in directory.rglob("*") if p.is_file())
 
 
-SLOWLY = [pytest.param(kind, marks=pytest.mark.slow) for kind in ("empty", 0.0, 0.77, 1.0)]
+SLOWLY = [
+  pytest.param(kind, marks=pytest.mark.slow) for kind in ("delete", "empty", 0.0, 0.77, 1.0)
+]
 
 
-@pytest.mark.parametrize("kind", ["delete", "truncate", 0.4, *SLOWLY])
+@pytest.mark.parametrize("kind", ["truncate", 0.4, *SLOWLY])
 def test_damage_is_seen_or_harmless(saved, tmp_path, warned, kind):
   good, previous = bits(state_at(20)), bits(state_at(10))
   fell_back = []

@@ -162,6 +162,7 @@ def test_what_is_masked_may_be_impossible():
   np.testing.assert_allclose(gradient, [[[0, 0], [-0.25, 0.25]]], atol=1e-6)
 
 
+@pytest.mark.slow
 def test_feature_prediction_by_hand():
   (model, params), (feature_model, head_params) = target(), head()
   weights = {"feature_weight": 0.7, "law_weight": 0.3, "noise": 0.0}
