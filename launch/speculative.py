@@ -6,8 +6,8 @@ The same command resumes. WORKDIR gets target/, draft/ (runs of launch/train.py)
 confidence/ (checkpoints), and speculative.json. Prompts are held-out text; the columns are
   E           tokens per call of the target
   accepted    share of the drafts that stood
-  % optimum   what was accepted, over what the best lossless rule would accept at those positions
-  v, gamma c  cost of verifying K + 1 tokens, and of drafting, in calls of the target on one token
+  % optimum   what was accepted, over the best that judging position by position would accept there
+  v, gamma c  cost of verifying drafts, and of drafting, in calls of the target on one token
   predicted   E / (v + gamma c)
   realised    tokens per second over those of plain decoding
 """
