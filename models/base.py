@@ -55,7 +55,8 @@ class LanguageModel(NamedTuple):
   readout: Callable[..., jax.Array]
 
 
-# x_t [B, ...], t [] -> E[x_0 | x_t] [B, ...]
+# x_t [B, ...], t [B] or [] -> E[x_0 | x_t] [B, ...]. A time per row: rows may be at different steps
+# of a sampler, and a loss draws each row its own.
 Denoiser = Callable[[jax.Array, jax.Array], jax.Array]
 
 # tokens [B, L] with some masked, t [] -> logits [B, L, V] of p(x_0 at each position | tokens)
@@ -67,3 +68,8 @@ def apply(
 ) -> tuple[jax.Array, Cache | None]:
   """Hidden states [B, L, D] of tokens [B, L], and the cache that now holds them; see `trunk`."""
   return model.trunk(params, model.embed(params, tokens), cache, **kwargs)
+
+
+def per_row(values: jax.Array, x: jax.Array) -> jax.Array:
+  """Values [B] or [] in a shape that multiplies x [B, ...] row by row."""
+  return values.reshape(values.shape + (1,) * (x.ndim - values.ndim))

@@ -8,7 +8,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from . import base
+from . import base, precondition, schedules
+
+_EXACT = jax.lax.Precision.HIGHEST
 
 
 class TokenCache(NamedTuple):
@@ -137,32 +139,190 @@ class GaussianMixture(NamedTuple):
   variances: jax.Array  # [K]
 
 
-def mixture_denoiser(
-  mixture: GaussianMixture,
-  alpha: Callable[[jax.Array], jax.Array],
-  sigma: Callable[[jax.Array], jax.Array],
-) -> base.Denoiser:
+def kernel_density(points: jax.Array, std: float) -> GaussianMixture:
+  """(1 / N) sum_n N(points[n], std^2 I) of points [N, D]: data whose law is known."""
+  num = points.shape[0]
+  points = jnp.asarray(points)
+  full = lambda value: jnp.full(num, value, points.dtype)
+  return GaussianMixture(full(1 / num), points, full(std**2))
+
+
+def noised(mixture: GaussianMixture, alpha: float, sigma: float) -> GaussianMixture:
+  """The law of alpha x + sigma z for x from the mixture and z ~ N(0, I)."""
+  weights, means, variances = mixture
+  return GaussianMixture(weights, alpha * means, alpha**2 * variances + sigma**2)
+
+
+def only(mixture: GaussianMixture, kept: jax.Array) -> GaussianMixture:
+  """The law of x given that its component is one of kept [K], bool; they cannot weigh 0 together.
+
+  All K components stay, some with weight 0, so one program serves every selection.
+  """
+  weights = jnp.where(kept, mixture.weights, 0)
+  return mixture._replace(weights=weights / jnp.sum(weights))
+
+
+def of_class(mixture: GaussianMixture, labels: jax.Array, c: int | jax.Array) -> GaussianMixture:
+  """The law of x given class c, where components have the classes labels [K]."""
+  return only(mixture, jnp.asarray(labels) == c)
+
+
+def mixture_sample(key: jax.Array, mixture: GaussianMixture, num: int) -> jax.Array:
+  """Draws of the mixture, [num, D]."""
+  component_key, noise_key = jax.random.split(key)
+  k = jax.random.categorical(component_key, _log(mixture.weights), shape=(num,), mode="high")
+  means, std = mixture.means[k], jnp.sqrt(mixture.variances[k])
+  return means + std[:, None] * jax.random.normal(noise_key, means.shape, means.dtype)
+
+
+def mixture_log_prob(mixture: GaussianMixture, x: jax.Array) -> jax.Array:
+  """log p(x) [B] of x [B, D]."""
+  one, zero = jnp.ones((1, 1), x.dtype), jnp.zeros((1, 1), x.dtype)
+  return jax.nn.logsumexp(_log_joint(mixture, x, one, zero), axis=-1)
+
+
+def mixture_denoiser(mixture: GaussianMixture, schedule: schedules.Schedule) -> base.Denoiser:
   """E[x_0 | x_t] for x_0 from the mixture and x_t = alpha(t) x_0 + sigma(t) z, z ~ N(0, I).
 
-  Given component k, x_t ~ N(alpha m_k, (alpha^2 v_k + sigma^2) I), so the posterior weights are
-  those of a mixture and the conditional mean is linear in x_t:
+  Given component k, x_t ~ N(alpha m_k, T_k I) with T_k = alpha^2 v_k + sigma^2, so the posterior
+  weights are those of a mixture and the conditional mean is linear in x_t:
 
-    E[x_0 | x_t, k] = m_k + alpha v_k / (alpha^2 v_k + sigma^2) (x_t - alpha m_k).
+    E[x_0 | x_t, k] = m_k + alpha v_k / T_k (x_t - alpha m_k) = (sigma^2 m_k + alpha v_k x_t) / T_k.
+
+  Computed in x_t's precision. Distances come from inner products, [B, K] of them, so the exponents
+  are off by some eps (|x_t|^2 + alpha^2 |m_k|^2) / T_k: where T_k is tiny, give x_t in float64.
   """
-  weights, means, variances = mixture
 
-  def denoise(x, t):  # [B, D], [] -> [B, D]
-    a, s = alpha(t), sigma(t)
-    total = jnp.square(a) * variances + jnp.square(s)  # [K]
-    residual = x[:, None, :] - (a * means)[None]  # [B, K, D]
-    log_weight = (jnp.log(weights) - 0.5 * means.shape[1] * jnp.log(total))[None, :]
-    posterior = jax.nn.softmax(
-      log_weight - 0.5 * jnp.sum(jnp.square(residual), -1) / total[None, :], axis=-1
-    )
-    mean = means[None] + (a * variances / total)[None, :, None] * residual
-    return jnp.sum(posterior[:, :, None] * mean, axis=1)
+  def denoise(x, t):  # [B, D], [] or [B] -> [B, D]
+    alpha, sigma = precondition.coefficients(schedule, x, t)
+    _, means, variances = _as(x.dtype, mixture)
+    posterior = jax.nn.softmax(_log_joint(mixture, x, alpha, sigma), axis=-1)  # [B, K]
+    share = posterior / (alpha**2 * variances[None] + sigma**2)
+    slope = jnp.sum(share * variances[None], axis=-1, keepdims=True)
+    return sigma**2 * jnp.matmul(share, means, precision=_EXACT) + alpha * slope * x
 
   return denoise
+
+
+def class_log_prob(
+  mixture: GaussianMixture, labels: jax.Array, num_classes: int, schedule: schedules.Schedule
+) -> Callable[[jax.Array, jax.Array], jax.Array]:
+  """The exact classifier of noisy data: (x_t [B, D], t) -> log p(c | x_t) [B, C].
+
+  A class of weight 0 has log-probability -inf and gradient 0.
+
+  Args:
+    mixture: the law of x_0.
+    labels: [K], the class of each component.
+    num_classes: C.
+    schedule: of x_t.
+  """
+  member = jnp.asarray(labels)[None, :] == jnp.arange(num_classes)[:, None]  # [C, K]
+  member &= jnp.asarray(mixture.weights)[None, :] > 0
+
+  def log_prob(x, t):
+    joint = _log_joint(mixture, x, *precondition.coefficients(schedule, x, t))
+    log_posterior = jax.nn.log_softmax(joint, axis=-1)
+    within = jnp.where(member[None], log_posterior[:, None, :], -jnp.inf)
+    return jax.nn.logsumexp(within, axis=-1)
+
+  return log_prob
+
+
+class FullMixture(NamedTuple):
+  """sum_k weights[k] N(means[k], covariances[k]) over R^D."""
+
+  weights: jax.Array  # [K], sums to 1
+  means: jax.Array  # [K, D]
+  covariances: jax.Array  # [K, D, D]
+
+
+def posterior(
+  mixture: GaussianMixture, operator: jax.Array, y: jax.Array, noise_std: float
+) -> FullMixture:
+  """The law of x given y = A x + s n, n ~ N(0, I), for x from the mixture.
+
+  With S_k = v_k A A^T + s^2 I, component k has evidence N(y; A m_k, S_k), mean
+  m_k + v_k A^T S_k^-1 (y - A m_k) and covariance v_k I - v_k^2 A^T S_k^-1 A.
+
+  Args:
+    mixture: the prior.
+    operator: A [M, D].
+    y: [M].
+    noise_std: s; may be 0 if A has full row rank and no v_k is 0.
+  """
+  weights, means, variances = mixture
+  gram, vectors = jnp.linalg.eigh(jnp.matmul(operator, operator.T, precision=_EXACT))
+  rows = jnp.matmul(vectors.T, operator, precision=_EXACT)  # orthogonal, of squared length gram
+  total = variances[:, None] * gram[None] + noise_std**2  # [K, M]: S_k in the basis of vectors
+  residual = jnp.matmul(vectors.T, y, precision=_EXACT)[None]
+  residual = residual - jnp.matmul(means, rows.T, precision=_EXACT)
+  evidence = -0.5 * jnp.sum(jnp.square(residual) / total + jnp.log(total), axis=-1)
+  gain = variances[:, None] * residual / total
+  shrunk = jnp.einsum("md,km,me->kde", rows, 1 / total, rows, precision=_EXACT)
+  v = variances[:, None, None]
+  return FullMixture(
+    jax.nn.softmax(_log(weights) + evidence),
+    means + jnp.matmul(gain, rows, precision=_EXACT),
+    v * jnp.eye(means.shape[1])[None] - v**2 * shrunk,
+  )
+
+
+def full_mixture_sample(key: jax.Array, full: FullMixture, num: int) -> jax.Array:
+  """Draws of the mixture, [num, D]; covariances may be singular."""
+  component_key, noise_key = jax.random.split(key)
+  k = jax.random.categorical(component_key, _log(full.weights), shape=(num,), mode="high")
+  variances, vectors = _principal(full)
+  noise = jax.random.normal(noise_key, (num, full.means.shape[1]), full.means.dtype)
+  scaled = jnp.sqrt(variances[k]) * noise
+  return full.means[k] + jnp.einsum("nij,nj->ni", vectors[k], scaled, precision=_EXACT)
+
+
+def full_mixture_denoiser(full: FullMixture, schedule: schedules.Schedule) -> base.Denoiser:
+  """E[x_0 | x_t] for x_0 from the mixture; of a `posterior`, the exact E[x_0 | x_t, y].
+
+  As `mixture_denoiser`, in the principal axes of each component; it makes arrays [B, K, D].
+  """
+  variances, vectors = _principal(full)
+
+  def denoise(x, t):  # [B, D], [] or [B] -> [B, D]
+    weights, means, v, axes = _as(x.dtype, (full.weights, full.means, variances, vectors))
+    alpha, sigma = (c[..., None] for c in precondition.coefficients(schedule, x, t))
+    total = alpha**2 * v[None] + sigma**2  # [B or 1, K, D]
+    residual = jnp.einsum("kij,bki->bkj", axes, x[:, None] - alpha * means[None], precision=_EXACT)
+    log_joint = _log(weights)[None] - 0.5 * jnp.sum(residual**2 / total + jnp.log(total), axis=-1)
+    gain = jnp.einsum("kij,bkj->bki", axes, alpha * v[None] / total * residual, precision=_EXACT)
+    share = jax.nn.softmax(log_joint, axis=-1)
+    return jnp.sum(share[:, :, None] * (means[None] + gain), axis=1)
+
+  return denoise
+
+
+def _log_joint(mixture, x, alpha, sigma):
+  """log of weights[k] N(x; alpha m_k, (alpha^2 v_k + sigma^2) I), [B, K]; alpha, sigma [B|1, 1]."""
+  weights, means, variances = _as(x.dtype, mixture)
+  total = alpha**2 * variances[None] + sigma**2
+  inner = jnp.matmul(x, means.T, precision=_EXACT)
+  square = jnp.sum(x**2, axis=-1)[:, None] + alpha**2 * jnp.sum(means**2, axis=-1)[None]
+  square = square - 2 * alpha * inner
+  log_scale = x.shape[1] * jnp.log(2 * np.pi * total)
+  return _log(weights)[None] - 0.5 * (square / total + log_scale)
+
+
+def _log(weights):
+  """Logarithms, -inf of 0, with gradients that are not NaN."""
+  some = weights > 0
+  return jnp.where(some, jnp.log(jnp.where(some, weights, 1)), -jnp.inf)
+
+
+def _principal(full):
+  """Variances [K, D] along the principal axes [K, D, D] of each component."""
+  variances, vectors = jnp.linalg.eigh(full.covariances)
+  return jnp.maximum(variances, 0), vectors
+
+
+def _as(dtype, arrays):
+  return jax.tree.map(lambda a: jnp.asarray(a, dtype), arrays)
 
 
 def joint_predictor(joint: jax.Array) -> base.Predictor:
