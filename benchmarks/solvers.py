@@ -18,17 +18,15 @@ import pathlib
 import sys
 import time
 from collections.abc import Callable
-from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from absl import app, flags
-from scipy import integrate
 
+from ancestral.benchmarks import exact_targets
 from ancestral.models import schedules
 from ancestral.sampling import (
-  ancestral,
   base,
   correctors,
   forms,
@@ -47,116 +45,17 @@ _PEERS = flags.DEFINE_bool(
   "peers", importlib.util.find_spec("diffusers") is not None, "Measure diffusers beside."
 )
 
-EXACT = forms.exact(forms.log_snr)
 VE = schedules.variance_exploding()
 CHAIN = schedules.from_betas(schedules.scaled_linear_betas())
 LATENT = {"beta_schedule": "scaled_linear", "beta_start": 0.00085, "beta_end": 0.012}
-
-
-class Target(NamedTuple):
-  """sum_k weights[k] N(means[k], variances[k] I)."""
-
-  name: str
-  weights: np.ndarray  # [K]
-  means: np.ndarray  # [K, D]
-  variances: np.ndarray  # [K]
-
-
-def four_modes() -> Target:
-  means = np.array([[1.0, 0.3], [-0.5, 0.9], [-0.7, -0.6], [0.6, -0.9]])
-  variances = np.array([0.02, 0.04, 0.03, 0.05])
-  return Target("4 modes in 2-D", np.array([0.3, 0.3, 0.2, 0.2]), means, variances)
-
-
-def digits() -> Target:
-  """The 1797 digits of 8 x 8 pixels in [-1, 1], each with a kernel of deviation 0.15."""
-  from sklearn import datasets
-
-  points = datasets.load_digits().data / 8 - 1
-  num = len(points)
-  return Target("digits in 64-D", np.full(num, 1 / num), points, np.full(num, 0.15**2))
-
-
-def distances(points: np.ndarray, means: np.ndarray) -> np.ndarray:
-  """|x_i - m_k|^2, [B, K]."""
-  squares = np.sum(points**2, axis=1)[:, None] + np.sum(means**2, axis=1)[None]
-  return squares - 2 * points @ means.T
-
-
-def denoised(target: Target, x: np.ndarray, alpha: float, sigma: float) -> np.ndarray:
-  """E[x_0 | x_t = x] in float64, [B, D]; see `toy.mixture_denoiser`."""
-  total = alpha**2 * target.variances + sigma**2
-  log_joint = np.log(target.weights) - 0.5 * x.shape[1] * np.log(total)
-  log_joint = log_joint[None] - 0.5 * distances(x, alpha * target.means) / total[None]
-  share = np.exp(log_joint - log_joint.max(axis=1, keepdims=True))
-  share /= share.sum(axis=1, keepdims=True)
-  share /= total[None]
-  slope = share @ target.variances
-  return sigma**2 * share @ target.means + alpha * slope[:, None] * x
-
-
-def run(table: tables.SolverTable, schedule, target: Target, x: np.ndarray) -> np.ndarray:
-  """The sample from the state x [B, D] at times[0], by the table's recurrence."""
-  slots = np.zeros((table.carry.shape[1], *x.shape))
-  slots[0] = x
-  alpha, sigma = schedule.alpha(table.times), schedule.sigma(table.times)
-  for i in range(table.num_rows):
-    output = denoised(target, slots[0], alpha[i], sigma[i])
-    slots = np.einsum("jl,lbd->jbd", table.carry[i], slots)
-    slots += table.output[i, :, 0][:, None, None] * output[None]
-  return slots[0]
-
-
-def replay(expansion: tables.Expansion, schedule, target: Target, x: np.ndarray) -> np.ndarray:
-  """The same of an expansion, whose points are inputs of the state x at times[0] and outputs."""
-  alpha, sigma = schedule.alpha(expansion.times), schedule.sigma(expansion.times)
-  scale = expansion.inputs[:, 1] / expansion.inputs[0, 1]
-  outputs = np.zeros((len(expansion.times) - 1, *x.shape))
-  for i in range(len(outputs)):
-    point = scale[i] * x + np.einsum("j,jbd->bd", expansion.outputs[i, :i, 0], outputs[:i])
-    outputs[i] = denoised(target, point, alpha[i], sigma[i])
-  return scale[-1] * x + np.einsum("j,jbd->bd", expansion.outputs[-1, :, 0], outputs)
-
-
-def reference(target: Target, x: np.ndarray, first: float, last: float, tolerance: float):
-  """x / alpha at lambda = last from x / alpha at lambda = first: d (x / alpha) = (D - x / alpha) d lambda."""
-
-  def slope(half_log_snr, y):
-    y = y.reshape(x.shape)
-    return (denoised(target, y, 1.0, np.exp(-half_log_snr)) - y).ravel()
-
-  span = dict(method="DOP853", rtol=tolerance, atol=tolerance)
-  return integrate.solve_ivp(slope, (first, last), x.ravel(), **span).y[:, -1].reshape(x.shape)
 
 
 # Solvers, as (schedule, times) -> table.
 
 
 def stepping(step: multistep.Step) -> Callable:
+  """The same step over the grid."""
   return lambda schedule, times: singlestep.singlestep(schedule, times, step)
-
-
-def exponential(order: int, start: multistep.Step | None = None) -> Callable:
-  return lambda schedule, times: multistep.exponential(schedule, times, order, start=start)
-
-
-def published_3m(schedule, times) -> tables.SolverTable:
-  rule = multistep.published_third_order
-  return multistep.adams_bashforth(schedule, times, 3, form=forms.data(), rule=rule)
-
-
-def deis(order: int, start: multistep.Step | None = None) -> Callable:
-  return lambda schedule, times: multistep.deis(
-    schedule, times, order, variable=forms.log_snr, start=start
-  )
-
-
-def lms(start: multistep.Step | None = None) -> Callable:
-  return lambda schedule, times: multistep.lms(schedule, times, start=start)
-
-
-def unipc(order: int) -> Callable:
-  return lambda schedule, times: correctors.unipc(schedule, times, order)
 
 
 def lowered(make: Callable, order: int) -> Callable:
@@ -166,11 +65,12 @@ def lowered(make: Callable, order: int) -> Callable:
   )
 
 
-def sa(predictor_order: int, corrector_order: int) -> Callable:
-  orders = {"predictor_order": predictor_order, "corrector_order": corrector_order}
-  return lambda schedule, times: correctors.sa_solver(schedule, times, **orders, tau=lambda t: 0.0)
-
-
+partial = functools.partial
+PUBLISHED_3M = partial(
+  multistep.adams_bashforth, order=3, form=forms.data(), rule=multistep.published_third_order
+)
+DEIS_IN_LAMBDA = partial(multistep.deis, variable=forms.log_snr)
+SA_ODE = partial(correctors.sa_solver, tau=lambda t: 0.0)
 RK4, RK3 = singlestep.rk4, singlestep.rk3
 DPM, SA = "dpmsolver_multistep.DPMSolverMultistepScheduler", "sasolver.SASolverScheduler"
 SINGLE = "dpmsolver_singlestep.DPMSolverSinglestepScheduler"
@@ -179,6 +79,7 @@ LMS, EULER = "lms_discrete.LMSDiscreteScheduler", "euler_discrete.EulerDiscreteS
 
 
 def sa_settings(predictor_order: int, corrector_order: int) -> dict:
+  """SA-Solver without noise, of diffusers."""
   orders = {"predictor_order": predictor_order, "corrector_order": corrector_order}
   return orders | {"tau_func": lambda t: 0.0}
 
@@ -187,24 +88,43 @@ def sa_settings(predictor_order: int, corrector_order: int) -> dict:
 ORDERS = {
   "DDIM": (1, stepping(singlestep.euler), (EULER, {})),
   "DPM++ 2M": (2, multistep.dpmpp_2m, (DPM, {"solver_order": 2})),
-  "DPM++ 3M": (3, exponential(3), (DPM, {"solver_order": 3})),
-  "DPM++ 3M, the published rule": (3, published_3m, (DPM, {"solver_order": 3})),
-  "DPM++ 3M, 3S start": (3, exponential(3, singlestep.dpm_3s(forms.data())), None),
-  "exp. Adams-Bashforth 4": (4, exponential(4), None),
-  "exp. Adams-Bashforth 4, RK4 start": (4, exponential(4, RK4(forms.data())), None),
+  "DPM++ 3M": (3, partial(multistep.exponential, order=3), (DPM, {"solver_order": 3})),
+  "DPM++ 3M, the published rule": (3, PUBLISHED_3M, (DPM, {"solver_order": 3})),
+  "DPM++ 3M, 3S start": (
+    3,
+    partial(multistep.exponential, order=3, start=singlestep.dpm_3s(forms.data())),
+    None,
+  ),
+  "exp. Adams-Bashforth 4": (4, partial(multistep.exponential, order=4), None),
+  "exp. Adams-Bashforth 4, RK4 start": (
+    4,
+    partial(multistep.exponential, order=4, start=RK4(forms.data())),
+    None,
+  ),
   "DPM++ 2S": (2, stepping(singlestep.dpm_2s(forms.data())), (SINGLE, {"solver_order": 2})),
   "DPM++ 3S": (3, stepping(singlestep.dpm_3s(forms.data())), (SINGLE, {"solver_order": 3})),
   "Heun": (2, stepping(singlestep.heun(forms.noise())), None),
   "RK3": (3, stepping(RK3(forms.noise())), None),
   "RK4": (4, stepping(RK4(forms.noise())), None),
-  "DEIS-2": (2, deis(2), (DEIS, {"solver_order": 2})),
-  "DEIS-3": (3, deis(3), (DEIS, {"solver_order": 3})),
-  "DEIS-3, RK3 start": (3, deis(3, RK3(forms.noise())), None),
-  "LMS-4": (4, lms(), (LMS, {})),
-  "LMS-4, RK4 start": (4, lms(RK4(forms.noise())), None),
-  **{f"UniPC-{p}": (p + 1, unipc(p), (UNIPC, {"solver_order": p})) for p in (1, 2, 3, 4)},
-  "SA p2c2, tau 0": (2, sa(2, 2), (SA, sa_settings(2, 2))),
-  "SA p3c4, tau 0": (4, sa(3, 4), (SA, sa_settings(3, 4))),
+  "DEIS-2": (2, partial(DEIS_IN_LAMBDA, order=2), (DEIS, {"solver_order": 2})),
+  "DEIS-3": (3, partial(DEIS_IN_LAMBDA, order=3), (DEIS, {"solver_order": 3})),
+  "DEIS-3, RK3 start": (3, partial(DEIS_IN_LAMBDA, order=3, start=RK3(forms.noise())), None),
+  "LMS-4": (4, multistep.lms, (LMS, {})),
+  "LMS-4, RK4 start": (4, partial(multistep.lms, start=RK4(forms.noise())), None),
+  **{
+    f"UniPC-{p}": (p + 1, partial(correctors.unipc, order=p), (UNIPC, {"solver_order": p}))
+    for p in (1, 2, 3, 4)
+  },
+  "SA p2c2, tau 0": (
+    2,
+    partial(SA_ODE, predictor_order=2, corrector_order=2),
+    (SA, sa_settings(2, 2)),
+  ),
+  "SA p3c4, tau 0": (
+    4,
+    partial(SA_ODE, predictor_order=3, corrector_order=4),
+    (SA, sa_settings(3, 4)),
+  ),
 }
 
 
@@ -219,6 +139,7 @@ def peers():
 
 
 def peer_view(name: str):
+  """How a scheduler's state is to be read."""
   return peers().EXPLODING if name in (LMS, EULER) else peers().PRESERVING
 
 
@@ -239,30 +160,28 @@ def peer_on_grid(name: str, settings: dict, ratios: np.ndarray) -> tables.Expans
   return harness.expansion(OnGrid(name, peer_view(name), settings | more), len(ratios) - 1)
 
 
-def rms(error: np.ndarray) -> float:
-  return float(np.sqrt(np.mean(error**2)))
-
-
 def order_table(num_samples: int) -> None:
   """Errors at 256 steps and the slope from 128 to 256, in lambda from -2 to 3."""
-  sizes, target = (32, 64, 128, 256), four_modes()
+  sizes, target = (32, 64, 128, 256), exact_targets.four_modes()
   x = np.exp(2.0) * np.random.default_rng(0).normal(size=(num_samples, 2))
-  truth = reference(target, x, -2.0, 3.0, 1e-12)
+  truth = exact_targets.reference(target, x, -2.0, 3.0, 1e-12)
   grid = lambda n: np.exp(np.linspace(2.0, -3.0, n + 1))
 
   def theirs(peer, n):
     schedule = peer_view(peer[0]).schedule
     first, last = schedule.alpha(grid(n)[[0, -1]])
-    return replay(peer_on_grid(*peer, grid(n)), schedule, target, first * x) / last
+    # Their lists have the stages of a step in it, ours the steps.
+    ratios = grid(n * peer[1]["solver_order"]) if peer[0] == SINGLE else grid(n)
+    return exact_targets.replay(peer_on_grid(*peer, ratios), schedule, target, first * x) / last
 
   def cells(sample_of):
-    errors = [rms(sample_of(n) - truth) for n in sizes]
+    errors = [exact_targets.rms(sample_of(n) - truth) for n in sizes]
     return f"{errors[0]:.2e} | {errors[-1]:.2e} | {math.log2(errors[-2] / errors[-1]):.2f}"
 
   print("\n| solver | order | error at 32 | at 256 | slope | diffusers: at 32 | at 256 | slope |")
   print("|---|---|---|---|---|---|---|---|")
   for name, (order, make, peer) in ORDERS.items():
-    ours = cells(lambda n, make=make: run(make(VE, grid(n)), VE, target, x))
+    ours = cells(lambda n, make=make: exact_targets.run(make(VE, grid(n)), VE, target, x))
     beside = "| | "
     if peer is not None and _PEERS.value:
       beside = cells(lambda n, peer=peer: theirs(peer, n))
@@ -272,16 +191,16 @@ def order_table(num_samples: int) -> None:
 SOLVERS = {
   "DDIM": stepping(singlestep.euler),
   "2M": multistep.dpmpp_2m,
-  "3M": exponential(3),
+  "3M": partial(multistep.exponential, order=3),
   "3M lowered": lowered(multistep.exponential, 3),
   "AB4 lowered": lowered(multistep.exponential, 4),
   "UniPC-2": lowered(correctors.unipc, 2),
   "UniPC-3": lowered(correctors.unipc, 3),
-  "DEIS-2": deis(2),
+  "DEIS-2": partial(DEIS_IN_LAMBDA, order=2),
   "tAB-DEIS-3": multistep.deis,
-  "LMS-4": lms(),
+  "LMS-4": multistep.lms,
   "iPNDM": multistep.ipndm,
-  "SA p3c4": sa(3, 4),
+  "SA p3c4": partial(SA_ODE, predictor_order=3, corrector_order=4),
   "Heun": stepping(singlestep.heun(forms.noise())),
   "2S": stepping(singlestep.dpm_2s(forms.data())),
   "3S": stepping(singlestep.dpm_3s(forms.data())),
@@ -319,6 +238,8 @@ PEERS = {
   "UniPC-3 karras": (UNIPC, {"solver_order": 3, "use_karras_sigmas": True}),
   "DEIS-2 karras": (DEIS, {"use_karras_sigmas": True}),
   "DEIS-3": (DEIS, {"solver_order": 3}),
+  "DPM++ 2M beta": (DPM, {"use_beta_sigmas": True}),
+  "UniPC-2 beta": (UNIPC, {"use_beta_sigmas": True}),
   "LMS karras": (LMS, {"use_karras_sigmas": True}),
   "SA tau 0": (SA, sa_settings(2, 2)),
 }
@@ -336,6 +257,7 @@ def ours_within(solver: str, grid: str, nfe: int) -> tables.SolverTable:
 
 @functools.cache
 def theirs_within(name: str, nfe: int) -> tuple[tables.Expansion, schedules.Schedule]:
+  """A scheduler's most steps whose evaluations are within this number."""
   harness, (scheduler, settings) = peers(), PEERS[name]
   chain = scheduler.startswith(("ddim", "pndm"))
   view = harness.LATENT_TO_FIRST if chain else peer_view(scheduler)
@@ -347,34 +269,18 @@ def theirs_within(name: str, nfe: int) -> tuple[tables.Expansion, schedules.Sche
   return harness.expansion(case, n), view.schedule
 
 
-class Score(NamedTuple):
-  """Of samples against the reference's."""
-
-  rms: float
-  median: float  # of the samples' own RMS
-  moved: float  # share whose nearest mean is another
-
-
-def score(target: Target, x: np.ndarray, truth: np.ndarray) -> Score:
-  if not np.all(np.isfinite(x)):
-    return Score(np.inf, np.inf, 1.0)
-  nearest = lambda points: np.argmin(distances(points, target.means), axis=1)
-  each = np.sqrt(np.mean((x - truth) ** 2, axis=1))
-  return Score(rms(x - truth), float(np.median(each)), np.mean(nearest(x) != nearest(truth)))
-
-
-def scores(target: Target, nfes: list[int], num_samples: int) -> tuple[dict, dict]:
-  """{(solver, grid, nfe): Score} of ours, {(scheduler, nfe): Score} of theirs."""
+def scores(target: exact_targets.Target, nfes: list[int], num_samples: int) -> tuple[dict, dict]:
+  """{(solver, grid, nfe): score} of ours, {(scheduler, nfe): score} of theirs."""
   x = np.random.default_rng(1).normal(size=(num_samples, target.means.shape[1]))
   last = CHAIN.max_time
   first = float(schedules.half_log_snr(CHAIN, last))
   ratio = lambda schedule, t: schedule.alpha(t) / CHAIN.alpha(last)
   tolerance = 1e-8 if len(target.means) > 100 else 1e-10
-  truth = reference(target, x / CHAIN.alpha(last), first, 8.0, tolerance)
-  truth = denoised(target, truth, 1.0, np.exp(-8.0))
+  truth = exact_targets.reference(target, x / CHAIN.alpha(last), first, 8.0, tolerance)
+  truth = exact_targets.denoised(target, truth, 1.0, np.exp(-8.0))
   ours = {
-    (solver, grid, nfe): score(
-      target, run(ours_within(solver, grid, nfe), CHAIN, target, x), truth
+    (solver, grid, nfe): exact_targets.score(
+      target, exact_targets.run(ours_within(solver, grid, nfe), CHAIN, target, x), truth
     )
     for solver in SOLVERS
     for grid in GRIDS
@@ -386,6 +292,124 @@ def scores(target: Target, nfes: list[int], num_samples: int) -> tuple[dict, dic
       expansion, schedule = theirs_within(name, nfe)
       # A pipeline starts from the same noise wherever its first time is.
       scale = ratio(schedule, expansion.times[0]) if PEERS[name][0] == LMS else 1.0
-      sample = replay(expansion, schedule, target, scale * x)
-      theirs[name, nfe] = score(target, sample, truth)
+      sample = exact_targets.replay(expansion, schedule, target, scale * x)
+      theirs[name, nfe] = exact_targets.score(target, sample, truth)
   return ours, theirs
+
+
+def best(found: dict, nfe: int, kept: Callable = lambda key: True) -> tuple:
+  """The key of the lowest RMS among those of this number of evaluations."""
+  return min((key for key in found if key[-1] == nfe and kept(key)), key=lambda key: found[key].rms)
+
+
+def error_tables(target: exact_targets.Target, nfes: list[int], ours: dict, theirs: dict) -> None:
+  """RMS by evaluations: each solver on its best grid, each grid with its best solver, theirs."""
+  row = lambda name, cells: print(f"| {name} | " + " | ".join(cells) + " |")
+  keys = lambda where, name: [best(ours, n, lambda key: key[where] == name) for n in nfes]
+  print(f"\n### {target.name}\n\nRMS; solvers on the best grid of {len(GRIDS)} for each number.\n")
+  row("evaluations", [str(n) for n in nfes])
+  print("|---" * (len(nfes) + 1) + "|")
+  for solver in SOLVERS:
+    row(solver, [f"{ours[key].rms:.4f}" for key in keys(0, solver)])
+  for grid in GRIDS:
+    row(f"any solver on {grid}", [f"{ours[key].rms:.4f}" for key in keys(1, grid)])
+  for name in dict.fromkeys(name for name, _ in theirs):
+    row(f"diffusers {name}", [f"{theirs[name, n].rms:.4f}" for n in nfes])
+  print("\nThe best by RMS.\n\n| evaluations | of | which | RMS | median | another mode |")
+  print("|---" * 6 + "|")
+  for n in nfes:
+    for whose, found in (("ours", ours), ("diffusers", theirs)):
+      if found:
+        key = best(found, n)
+        at = found[key]
+        numbers = [f"{at.rms:.4f}", f"{at.median:.5f}", f"{at.moved:.1%}"]
+        row(str(n), [whose, ", ".join(key[:-1]), *numbers])
+
+
+def least_time(function: Callable, repeats: int = 7) -> float:
+  """Seconds, the least of some runs."""
+  function()
+  taken = []
+  for _ in range(repeats):
+    before = time.perf_counter()
+    function()
+    taken.append(time.perf_counter() - before)
+  return min(taken)
+
+
+def step_cost(num_rows: int = 50) -> None:
+  """Microseconds a step at 64 x 3 x 32 x 32, beside moving 2 k + 1 arrays at a copy's speed."""
+  shape = (64, 3, 32, 32)
+  size = 64 * 2**20  # bytes; out of cache
+  source, target = np.ones(size // 4, np.float32), np.empty(size // 4, np.float32)
+  bandwidth = 2 * size / least_time(lambda: np.copyto(target, source))
+  keys = base.row_keys(jax.random.key(0), jnp.arange(shape[0]))
+  times = grids.log_snr(CHAIN, num_rows, end=1.0)
+  print(f"\nA copy moves {bandwidth / 1e9:.1f} GB/s, read and written, on {jax.devices()[0]}.\n")
+  print("| k | noise | us a step | moving 2 k + 1 arrays | ratio |\n|---|---|---|---|---|")
+  for eta in (0.0, 1.0):
+    for order in (1, 2, 3):
+      table = multistep.exponential(CHAIN, times, order, eta=eta)
+      k = table.carry.shape[1]
+      draw = jax.jit(lambda table, x: solvers.sample(keys, lambda x, t: 0.5 * x, table, x))
+      x = jnp.zeros(shape)
+      took = least_time(lambda draw=draw, table=table, x=x: draw(table, x).block_until_ready())
+      bound = (2 * k + 1) * 4 * math.prod(shape) / bandwidth
+      took /= num_rows
+      noise = "none" if table.noise is None else "white"
+      print(f"| {k} | {noise} | {1e6 * took:.0f} | {1e6 * bound:.0f} | {took / bound:.1f} |")
+
+
+def draw_figure(
+  path: str, nfes: list[int], results: list[tuple[exact_targets.Target, dict, dict]]
+) -> None:
+  """Error by evaluations, a panel a target: the best of ours for each grid, the best of theirs."""
+  from matplotlib import figure as figures  # no global state, so no pyplot
+  from matplotlib.backends import backend_agg
+
+  figure = figures.Figure(figsize=(9, 3.6), dpi=110)
+  canvas = backend_agg.FigureCanvasAgg(figure)
+  panels = figure.subplots(1, len(results))
+  for panel, (target, ours, theirs) in zip(panels, results, strict=True):
+    for spacing in SPACINGS:
+      of_spacing = lambda key, spacing=spacing: key[1].startswith(spacing)
+      errors = [ours[best(ours, n, of_spacing)].rms for n in nfes]
+      panel.loglog(nfes, errors, marker=".", label=f"ours, {spacing}")
+    if theirs:
+      errors = [theirs[best(theirs, n)].rms for n in nfes]
+      panel.loglog(nfes, errors, "k--", marker="x", label=f"best of {len(PEERS)} of diffusers")
+    panel.set_title(target.name)
+    panel.set_xlabel("evaluations")
+    panel.set_xticks(nfes, [str(n) for n in nfes])
+    panel.minorticks_off()
+  panels[0].set_ylabel("RMS to the equation's solution")
+  panels[0].legend(frameon=False, fontsize=8)
+  figure.tight_layout()
+  canvas.print_png(path)
+
+
+def main(_):
+  """Prints the tables; writes what flags ask for."""
+  nfes, results, lines = (
+    [int(n) for n in _NFE.value],
+    [],
+    ["target,whose,which,nfe,rms,median,moved"],
+  )
+  order_table(_ROWS.value)
+  for target in (exact_targets.four_modes(), exact_targets.digits()):
+    ours, theirs = scores(target, nfes, _ROWS.value)
+    error_tables(target, nfes, ours, theirs)
+    results.append((target, ours, theirs))
+    for whose, found in (("ours", ours), ("diffusers", theirs)):
+      for (*which, nfe), at in found.items():
+        numbers = f"{at.rms:.6g},{at.median:.6g},{at.moved:.4f}"
+        lines.append(f"{target.name},{whose},{' / '.join(which)},{nfe},{numbers}")
+  if _CSV.value:
+    pathlib.Path(_CSV.value).write_text("\n".join(lines) + "\n")
+  if _FIGURE.value:
+    draw_figure(_FIGURE.value, nfes, results)
+  step_cost()
+
+
+if __name__ == "__main__":
+  app.run(main)

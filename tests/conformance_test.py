@@ -10,13 +10,15 @@ import numpy as np
 import pytest
 
 import targets
-from ancestral.models import guided
+from ancestral.models import guided, schedules, toy
 from ancestral.sampling import (
+  ancestral,
   automata,
   base,
   beam,
   constraints,
   contrastive,
+  correctors,
   decode,
   draft_trees,
   drafting,
@@ -24,7 +26,10 @@ from ancestral.sampling import (
   history,
   logits,
   lookup,
+  multistep,
   sharded,
+  singlestep,
+  solvers,
   speculative,
   stochastic_beam,
   superposed,
@@ -155,6 +160,24 @@ TREE = functools.partial(draft_trees.by_model, parents=(-1, -1, 0))
 
 SPECULATIVE = ("tokens", "length")
 
+
+def diffusing(name, table, **kwargs):
+  """Diffusion by a table whose output is the image, of a mixture whose means are the params."""
+  schedule = schedules.rectified_flow()
+  times = np.append(schedule.time(np.linspace(-3, 3, 4)), 0.0)
+
+  def algorithm(means):
+    mixture = toy.GaussianMixture(jnp.array([0.4, 0.6]), means, jnp.array([0.1, 0.3]))
+    return solvers.tabulated(toy.mixture_denoiser(mixture, schedule), table(schedule, times))
+
+  inputs = lambda requests: jnp.asarray(CLEAN[requests])
+  sample = lambda state: {"slots": state.slots}
+  means = jnp.array([[1.0, -0.5, 0.2], [-0.8, 0.4, 0.6]])
+  return Case(name, algorithm, means, inputs, sample, {"slots": "float32"}, **kwargs)
+
+
+CLEAN = np.linspace(-1, 1, 12, dtype=np.float32).reshape(4, 3)
+
 CASES = [
   decoding("autoregressive-table", targets.table_target(vocab_size=5), eager=True),
   decoding("autoregressive-markov-filtered", targets.markov_target(), filters),
@@ -196,6 +219,14 @@ CASES = [
     "stochastic-beam",
     targets.table_target(vocab_size=5),
     functools.partial(stochastic_beam.stochastic_beam_search, num_beams=3),
+  ),
+  diffusing("diffusion-unipc", correctors.unipc, eager=True),
+  diffusing("diffusion-sde", functools.partial(multistep.dpmpp_2m, eta=1.0)),
+  diffusing(
+    "diffusion-ancestral",
+    lambda schedule, times: singlestep.singlestep(
+      schedule, times, ancestral.renoised(singlestep.euler)
+    ),
   ),
 ]
 

@@ -12,6 +12,7 @@ MEANS = np.array([[1.0, 0.3], [-0.5, 0.9], [-0.7, -0.6], [0.6, -0.9]])
 VARIANCES = np.array([0.02, 0.04, 0.03, 0.05])
 VE = schedules.variance_exploding()
 STEPS = (160, 224, 320)
+SINGLE = (96, 128, 192)  # methods without a history have their order sooner
 X = np.exp(2) * np.random.default_rng(0).normal(size=(64, 2))
 
 
@@ -67,18 +68,19 @@ SOLVERS = {
 }
 
 
-def slope(make, reference):
+def slope(make, reference, steps=STEPS):
   errors = []
-  for num_steps in STEPS:
+  for num_steps in steps:
     out = run(make(np.exp(-np.linspace(-2, 3, num_steps + 1))), X)
     errors.append(np.sqrt(np.mean(np.square(out - reference))))
-  return -np.polyfit(np.log(STEPS), np.log(errors), 1)[0]
+  return -np.polyfit(np.log(steps), np.log(errors), 1)[0]
 
 
 @pytest.mark.parametrize("name", SOLVERS)
 def test_a_solver_has_its_order(name, reference):
   order, make = SOLVERS[name]
-  assert slope(make, reference) >= order - 0.1
+  steps = SINGLE if name in ("2s", "3s", "heun", "heun-flow", "rk3", "rk4") else STEPS
+  assert slope(make, reference, steps) >= order - 0.1
 
 
 def test_published_third_order_is_second(reference):
