@@ -95,6 +95,13 @@ def reference(target: Target, x: np.ndarray, first: float, last: float, toleranc
   return path.y[:, -1].reshape(x.shape)
 
 
+def solution(target: Target, schedule: schedules.Schedule, x: np.ndarray) -> np.ndarray:
+  """x_0 [B, D] from x [B, D] of the schedule's last time: at lambda = 8, then denoised."""
+  first = float(schedules.half_log_snr(schedule, schedule.max_time))
+  low = reference(target, x / schedule.alpha(schedule.max_time), first, 8.0, 1e-9)
+  return denoised(target, low, 1.0, np.exp(-8.0))
+
+
 def rms(error: np.ndarray) -> float:
   """Root of the mean square."""
   return float(np.sqrt(np.mean(error**2)))

@@ -16,7 +16,7 @@ import importlib.util
 import math
 import pathlib
 import sys
-import time
+import timeit
 from collections.abc import Callable
 
 import jax
@@ -70,6 +70,7 @@ PUBLISHED_3M = partial(
   multistep.adams_bashforth, order=3, form=forms.data(), rule=multistep.published_third_order
 )
 DEIS_IN_LAMBDA = partial(multistep.deis, variable=forms.log_snr)
+EXPONENTIAL_4 = partial(multistep.exponential, order=4)
 SA_ODE = partial(correctors.sa_solver, tau=lambda t: 0.0)
 RK4, RK3 = singlestep.rk4, singlestep.rk3
 DPM, SA = "dpmsolver_multistep.DPMSolverMultistepScheduler", "sasolver.SASolverScheduler"
@@ -84,47 +85,43 @@ def sa_settings(predictor_order: int, corrector_order: int) -> dict:
   return orders | {"tau_func": lambda t: 0.0}
 
 
-# name: nominal order, ours, diffusers' class and settings
+# name: nominal order, ours
 ORDERS = {
-  "DDIM": (1, stepping(singlestep.euler), (EULER, {})),
-  "DPM++ 2M": (2, multistep.dpmpp_2m, (DPM, {"solver_order": 2})),
-  "DPM++ 3M": (3, partial(multistep.exponential, order=3), (DPM, {"solver_order": 3})),
-  "DPM++ 3M, the published rule": (3, PUBLISHED_3M, (DPM, {"solver_order": 3})),
-  "DPM++ 3M, 3S start": (
-    3,
-    partial(multistep.exponential, order=3, start=singlestep.dpm_3s(forms.data())),
-    None,
-  ),
-  "exp. Adams-Bashforth 4": (4, partial(multistep.exponential, order=4), None),
-  "exp. Adams-Bashforth 4, RK4 start": (
-    4,
-    partial(multistep.exponential, order=4, start=RK4(forms.data())),
-    None,
-  ),
-  "DPM++ 2S": (2, stepping(singlestep.dpm_2s(forms.data())), (SINGLE, {"solver_order": 2})),
-  "DPM++ 3S": (3, stepping(singlestep.dpm_3s(forms.data())), (SINGLE, {"solver_order": 3})),
-  "Heun": (2, stepping(singlestep.heun(forms.noise())), None),
-  "RK3": (3, stepping(RK3(forms.noise())), None),
-  "RK4": (4, stepping(RK4(forms.noise())), None),
-  "DEIS-2": (2, partial(DEIS_IN_LAMBDA, order=2), (DEIS, {"solver_order": 2})),
-  "DEIS-3": (3, partial(DEIS_IN_LAMBDA, order=3), (DEIS, {"solver_order": 3})),
-  "DEIS-3, RK3 start": (3, partial(DEIS_IN_LAMBDA, order=3, start=RK3(forms.noise())), None),
-  "LMS-4": (4, multistep.lms, (LMS, {})),
-  "LMS-4, RK4 start": (4, partial(multistep.lms, start=RK4(forms.noise())), None),
-  **{
-    f"UniPC-{p}": (p + 1, partial(correctors.unipc, order=p), (UNIPC, {"solver_order": p}))
-    for p in (1, 2, 3, 4)
-  },
-  "SA p2c2, tau 0": (
-    2,
-    partial(SA_ODE, predictor_order=2, corrector_order=2),
-    (SA, sa_settings(2, 2)),
-  ),
-  "SA p3c4, tau 0": (
-    4,
-    partial(SA_ODE, predictor_order=3, corrector_order=4),
-    (SA, sa_settings(3, 4)),
-  ),
+  "DDIM": (1, stepping(singlestep.euler)),
+  "DPM++ 2M": (2, multistep.dpmpp_2m),
+  "DPM++ 3M": (3, multistep.dpmpp_3m),
+  "DPM++ 3M, the published rule": (3, PUBLISHED_3M),
+  "DPM++ 3M, 3S start": (3, partial(multistep.dpmpp_3m, start=singlestep.dpm_3s(forms.data()))),
+  "exp. Adams-Bashforth 4": (4, EXPONENTIAL_4),
+  "exp. Adams-Bashforth 4, RK4 start": (4, partial(EXPONENTIAL_4, start=RK4(forms.data()))),
+  "DPM++ 2S": (2, stepping(singlestep.dpm_2s(forms.data()))),
+  "DPM++ 3S": (3, stepping(singlestep.dpm_3s(forms.data()))),
+  "Heun": (2, stepping(singlestep.heun(forms.noise()))),
+  "RK3": (3, stepping(RK3(forms.noise()))),
+  "RK4": (4, stepping(RK4(forms.noise()))),
+  "DEIS-2": (2, partial(DEIS_IN_LAMBDA, order=2)),
+  "DEIS-3": (3, partial(DEIS_IN_LAMBDA, order=3)),
+  "DEIS-3, RK3 start": (3, partial(DEIS_IN_LAMBDA, order=3, start=RK3(forms.noise()))),
+  "LMS-4": (4, multistep.lms),
+  "LMS-4, RK4 start": (4, partial(multistep.lms, start=RK4(forms.noise()))),
+  **{f"UniPC-{p}": (p + 1, partial(correctors.unipc, order=p)) for p in (1, 2, 3, 4)},
+  "SA p2c2, tau 0": (2, partial(SA_ODE, predictor_order=2, corrector_order=2)),
+  "SA p3c4, tau 0": (4, SA_ODE),
+}
+
+PEER_ORDERS = {
+  "DDIM": (EULER, {}),
+  "DPM++ 2M": (DPM, {}),
+  "DPM++ 3M": (DPM, {"solver_order": 3}),
+  "DPM++ 3M, the published rule": (DPM, {"solver_order": 3}),
+  "DPM++ 2S": (SINGLE, {"solver_order": 2}),
+  "DPM++ 3S": (SINGLE, {"solver_order": 3}),
+  "DEIS-2": (DEIS, {}),
+  "DEIS-3": (DEIS, {"solver_order": 3}),
+  "LMS-4": (LMS, {}),
+  **{f"UniPC-{p}": (UNIPC, {"solver_order": p}) for p in (1, 2, 3, 4)},
+  "SA p2c2, tau 0": (SA, sa_settings(2, 2)),
+  "SA p3c4, tau 0": (SA, sa_settings(3, 4)),
 }
 
 
@@ -180,18 +177,18 @@ def order_table(num_samples: int) -> None:
 
   print("\n| solver | order | error at 32 | at 256 | slope | diffusers: at 32 | at 256 | slope |")
   print("|---|---|---|---|---|---|---|---|")
-  for name, (order, make, peer) in ORDERS.items():
+  for name, (order, make) in ORDERS.items():
     ours = cells(lambda n, make=make: exact_targets.run(make(VE, grid(n)), VE, target, x))
     beside = "| | "
-    if peer is not None and _PEERS.value:
-      beside = cells(lambda n, peer=peer: theirs(peer, n))
+    if _PEERS.value and name in PEER_ORDERS:
+      beside = cells(lambda n, peer=PEER_ORDERS[name]: theirs(peer, n))
     print(f"| {name} | {order} | {ours} | {beside} |", flush=True)
 
 
 SOLVERS = {
   "DDIM": stepping(singlestep.euler),
   "2M": multistep.dpmpp_2m,
-  "3M": partial(multistep.exponential, order=3),
+  "3M": multistep.dpmpp_3m,
   "3M lowered": lowered(multistep.exponential, 3),
   "AB4 lowered": lowered(multistep.exponential, 4),
   "UniPC-2": lowered(correctors.unipc, 2),
@@ -200,7 +197,7 @@ SOLVERS = {
   "tAB-DEIS-3": multistep.deis,
   "LMS-4": multistep.lms,
   "iPNDM": multistep.ipndm,
-  "SA p3c4": partial(SA_ODE, predictor_order=3, corrector_order=4),
+  "SA p3c4": SA_ODE,
   "Heun": stepping(singlestep.heun(forms.noise())),
   "2S": stepping(singlestep.dpm_2s(forms.data())),
   "3S": stepping(singlestep.dpm_3s(forms.data())),
@@ -248,11 +245,10 @@ PEERS = {
 @functools.cache
 def ours_within(solver: str, grid: str, nfe: int) -> tables.SolverTable:
   """The most steps whose evaluations are within this number."""
-  for n in range(nfe, 0, -1):
-    table = SOLVERS[solver](CHAIN, GRIDS[grid](n))
-    if table.num_rows <= nfe:
-      return table
-  raise ValueError(f"{solver} takes more than {nfe} evaluations for one step.")
+  n = nfe
+  while (table := SOLVERS[solver](CHAIN, GRIDS[grid](n))).num_rows > nfe and n > 1:
+    n = max(1, min(n - 1, n * nfe // table.num_rows + 1))
+  return table
 
 
 @functools.cache
@@ -272,12 +268,7 @@ def theirs_within(name: str, nfe: int) -> tuple[tables.Expansion, schedules.Sche
 def scores(target: exact_targets.Target, nfes: list[int], num_samples: int) -> tuple[dict, dict]:
   """{(solver, grid, nfe): score} of ours, {(scheduler, nfe): score} of theirs."""
   x = np.random.default_rng(1).normal(size=(num_samples, target.means.shape[1]))
-  last = CHAIN.max_time
-  first = float(schedules.half_log_snr(CHAIN, last))
-  ratio = lambda schedule, t: schedule.alpha(t) / CHAIN.alpha(last)
-  tolerance = 1e-8 if len(target.means) > 100 else 1e-10
-  truth = exact_targets.reference(target, x / CHAIN.alpha(last), first, 8.0, tolerance)
-  truth = exact_targets.denoised(target, truth, 1.0, np.exp(-8.0))
+  truth = exact_targets.solution(target, CHAIN, x)
   ours = {
     (solver, grid, nfe): exact_targets.score(
       target, exact_targets.run(ours_within(solver, grid, nfe), CHAIN, target, x), truth
@@ -290,9 +281,9 @@ def scores(target: exact_targets.Target, nfes: list[int], num_samples: int) -> t
   for name in PEERS if _PEERS.value else ():
     for nfe in nfes:
       expansion, schedule = theirs_within(name, nfe)
-      # A pipeline starts from the same noise wherever its first time is.
-      scale = ratio(schedule, expansion.times[0]) if PEERS[name][0] == LMS else 1.0
-      sample = exact_targets.replay(expansion, schedule, target, scale * x)
+      # Variance exploding, the state is x / alpha. Where a first time is lower, x stays as it is.
+      scale = CHAIN.alpha(CHAIN.max_time) if PEERS[name][0] == LMS else 1.0
+      sample = exact_targets.replay(expansion, schedule, target, x / scale)
       theirs[name, nfe] = exact_targets.score(target, sample, truth)
   return ours, theirs
 
@@ -326,15 +317,9 @@ def error_tables(target: exact_targets.Target, nfes: list[int], ours: dict, thei
         row(str(n), [whose, ", ".join(key[:-1]), *numbers])
 
 
-def least_time(function: Callable, repeats: int = 7) -> float:
+def least_time(function: Callable) -> float:
   """Seconds, the least of some runs."""
-  function()
-  taken = []
-  for _ in range(repeats):
-    before = time.perf_counter()
-    function()
-    taken.append(time.perf_counter() - before)
-  return min(taken)
+  return min(timeit.repeat(function, number=1, repeat=8))
 
 
 def step_cost(num_rows: int = 50) -> None:

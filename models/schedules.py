@@ -73,7 +73,7 @@ def variance_exploding(max_sigma: float = 80.0) -> Schedule:
   return Schedule(
     alpha=lambda t: _namespace(t).ones_like(_array(t)),
     sigma=lambda t: _array(t),
-    time=lambda half_log_snr: _namespace(half_log_snr).exp(-half_log_snr),
+    time=lambda half_log_snr: _exp(-_array(half_log_snr)),
     max_time=max_sigma,
   )
 
@@ -146,9 +146,11 @@ def cosine(offset: float = 0.008) -> Schedule:
     return xp.sqrt(xp.sin(scale * t) * xp.sin(scale * t + 2 * a)) / np.cos(a)
 
   def time(half_log_snr):
-    xp = _namespace(half_log_snr)
-    alpha = xp.sqrt(_sigmoid(2 * _array(half_log_snr)))
-    return xp.maximum(1 - xp.arcsin(np.cos(a) * alpha) / scale, 0.0)
+    xp, given = _namespace(half_log_snr), _array(half_log_snr)
+    noise = np.cos(a) ** 2 * _sigmoid(-2 * given)  # sin^2 b - sin^2 a
+    sin_b, cos_b = xp.sqrt(noise + np.sin(a) ** 2), np.cos(a) * xp.sqrt(_sigmoid(2 * given))
+    sine = noise / (sin_b * np.cos(a) + cos_b * np.sin(a))  # of b - a
+    return xp.arctan2(sine, cos_b * np.cos(a) + sin_b * np.sin(a)) / scale
 
   return Schedule(
     alpha=lambda t: _namespace(t).sin(scale * (1 - _array(t))) / np.cos(a),
@@ -167,26 +169,29 @@ def sigmoid(start: float = -3.0, end: float = 3.0, temperature: float = 1.0) -> 
   Reference: Jabri et al. 2022, arXiv 2212.11972; Chen 2023, arXiv 2301.10972, algorithm 1.
   """
   low, high = start / temperature, end / temperature
+  width = high - low
 
-  def difference(one, other):
-    """s(one) - s(other), exact where they are near."""
-    xp = _namespace(one - other)
-    return xp.sinh((one - other) / 2) / (2 * xp.cosh(one / 2) * xp.cosh(other / 2))
+  def rise(by, one, other):
+    """s(one) - s(other), exact where `by` = one - other is."""
+    xp = _namespace(by)
+    return xp.sinh(by / 2) / (2 * xp.cosh(one / 2) * xp.cosh(other / 2))
 
-  span = difference(high, low)
-  at = lambda t: low + _array(t) * (high - low)
+  span = rise(width, high, low)
+
+  def alpha(t):
+    t = _array(t)
+    return _namespace(t).sqrt(rise((1 - t) * width, high, low + t * width) / span)
+
+  def sigma(t):
+    t = _array(t)
+    return _namespace(t).sqrt(rise(t * width, low + t * width, low) / span)
 
   def time(half_log_snr):
-    value = _sigmoid(low) + _sigmoid(-2 * _array(half_log_snr)) * span
-    xp = _namespace(half_log_snr)
-    return (xp.log(value) - xp.log1p(-value) - low) / (high - low)
+    risen = _sigmoid(-2 * _array(half_log_snr)) * span
+    xp = _namespace(risen)
+    return (xp.log1p(risen / _sigmoid(low)) - xp.log1p(-risen / _sigmoid(-low))) / width
 
-  return Schedule(
-    alpha=lambda t: _namespace(t).sqrt(difference(high, at(t)) / span),
-    sigma=lambda t: _namespace(t).sqrt(difference(at(t), low) / span),
-    time=time,
-    max_time=1.0,
-  )
+  return Schedule(alpha, sigma, time, max_time=1.0)
 
 
 def from_betas(betas: np.ndarray) -> Schedule:

@@ -97,45 +97,53 @@ DEIS = {
 }
 
 
-def three_stages(form, shares, rule, kept):
-  """diffusers' singlestep order 3, whose second stage is a step of its order 2.
-
-  `dpm_3s` is the same with the exact rule there, and the first and the last slope kept.
-  """
-
-  def step(path, x, s, t):
-    schedule, seen = path.schedule, [forms.Evaluation(s, x, path.evaluate(x, s))]
-    lam_s, lam_t = (schedules.half_log_snr(schedule, u) for u in (s, t))
-    for share in shares:
-      time = float(schedule.time(lam_s + share * (lam_t - lam_s)))
-      point = forms.advance(path, form, rule, x, s, time, seen)
-      seen.append(forms.Evaluation(time, point, path.evaluate(point, time)))
-    return forms.advance(path, form, EXACT, x, s, t, [seen[i] for i in kept]), seen[0]
-
-  return step
+def two_stages(form, rule):
+  return lambda shares: singlestep.dpm_2s(form, share=shares[0], rule=rule)
 
 
-def in_blocks(order, form, rule, kept):
-  """Steps between every third point of a grid, say, with stages at the others.
+def three_stages(form, rule):
+  return lambda shares: singlestep.dpm_3s(form, shares=shares, rule=rule)
+
+
+def three_slopes(form, rule):
+  """As `dpm_3s`, but the step integrates the parabola through all three slopes: their "heun"."""
+
+  def of_shares(shares):
+    def step(path, x, s, t):
+      seen = [singlestep.evaluated(path, x, s)]
+      for share in shares:
+        time = singlestep.between(path.schedule, s, t, share)
+        point = forms.advance(path, form, rule, x, s, time, seen)
+        seen.append(singlestep.evaluated(path, point, time))
+      return forms.advance(path, form, EXACT, x, s, t, seen), seen[0]
+
+    return step
+
+  return of_shares
+
+
+def in_blocks(form, *steps):
+  """Steps between every p-th point of a grid, with stages at the others.
 
   What is left at the end goes in a shorter block, and the step to no noise in one of its own.
+
+  Args:
+    form: of a step without stages.
+    *steps: for one stage, for two: the shares of the step at which they are -> Step.
   """
+  order = len(steps) + 1
 
   def step(schedule, times):
     lam = schedules.half_log_snr(schedule, times)
-    shares = (lam[1:-1] - lam[0]) / (lam[-1] - lam[0])
-    if len(shares) == 0:
-      return singlestep.runge_kutta((), (1.0,), form)
-    if len(shares) == 1:
-      return singlestep.dpm_2s(form, share=shares[0], rule=rule)
-    return three_stages(form, shares, rule, kept)
+    shares = tuple((lam[1:-1] - lam[0]) / (lam[-1] - lam[0]))
+    return steps[len(shares) - 1](shares) if shares else singlestep.runge_kutta((), (1.0,), form)
 
   def table(schedule, times):
     n = len(times) - 1
     inner = n - (times[-1] == 0)
     ends = np.unique([*range(0, inner, order), inner, n])
-    steps = [step(schedule, times[i : j + 1]) for i, j in itertools.pairwise(ends)]
-    return singlestep.singlestep(schedule, times[ends], steps)
+    made = [step(schedule, times[i : j + 1]) for i, j in itertools.pairwise(ends)]
+    return singlestep.singlestep(schedule, times[ends], made)
 
   return table
 
@@ -149,8 +157,9 @@ def single(algorithm, order, solver, final):
   }
   name = "dpmsolver_singlestep.DPMSolverSinglestepScheduler"
   case = schedulers.Case(name, schedulers.PRESERVING, settings)
-  kept = {"midpoint": (0, 2), "heun": (0, 1, 2)}[solver]
-  table = in_blocks(order, FORMS[algorithm], RULES[solver], kept)
+  form, rule = FORMS[algorithm], RULES[solver]
+  last = {"midpoint": three_stages, "heun": three_slopes}[solver]
+  table = in_blocks(form, *[two_stages(form, rule), last(form, rule)][: order - 1])
   return Pair(case, table, num_steps=(1, 2, 5, 6, 16))
 
 

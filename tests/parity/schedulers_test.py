@@ -131,7 +131,7 @@ def exact_mean(schedule):
   return jax.jit(toy.mixture_denoiser(MIXTURE, schedule))
 
 
-@every_pair(slice(-2, None))
+@every_pair(slice(-1, None))
 def test_samples(pair, num_steps):
   schedule = pair.case.view.schedule
   scheduler = pair.case.build(num_steps)
