@@ -4,7 +4,7 @@
 #   make quickstart        train, sample, verify and report on the CPU: two to three minutes
 #   make test              ruff and the tests
 #   make test-slow         tests that take long
-#   make test-peers        parity with other libraries (installs torch and transformers)
+#   make test-peers        parity with other libraries (installs torch, transformers, diffusers)
 #   make test-llamacpp     parity with llama.cpp (builds it from source: some minutes)
 #   make benchmark         decoding speed against transformers
 

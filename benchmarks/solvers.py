@@ -311,8 +311,7 @@ def error_tables(target: exact_targets.Target, nfes: list[int], ours: dict, thei
   for n in nfes:
     for whose, found in (("ours", ours), ("diffusers", theirs)):
       if found:
-        key = best(found, n)
-        at = found[key]
+        at = found[key := best(found, n)]
         numbers = [f"{at.rms:.4f}", f"{at.median:.5f}", f"{at.moved:.1%}"]
         row(str(n), [whose, ", ".join(key[:-1]), *numbers])
 

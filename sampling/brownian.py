@@ -33,8 +33,8 @@ from . import base
 # A clock that starts at 0 goes through infinitely many octaves. Those so far below a step's last
 # are less than 2^-24 of its number, and left out.
 _DEPTH = 48
-_LOWEST, _HIGHEST = -127, 127  # octaves that have a name
-_NO_PATH = 0  # the name of the number of steps that are no increment
+_LOWEST, _HIGHEST = -127, 126  # octaves that have a name
+_NO_PATH = 2**24 - 1  # the name of the number of steps that are no increment; the least of all
 
 
 class Increments(NamedTuple):
@@ -77,10 +77,12 @@ def brownian(
   """Noise for a solver's steps, from one path per row: (step keys, step [B], x) -> z, as x.
 
   The keys of the steps are not used. A step of length 0 or to infinity, whose noise a solver
-  multiplies by 0, gets a normal number too.
+  multiplies by 0, gets a normal number too. A step costs as many normal draws of x's shape as
+  its count in `increments` says: 30 to 45 for 20 bits.
 
   Args:
-    keys: [B], of the rows' paths and of nothing else.
+    keys: [B], of the rows' paths. They may be those of the sampler: what is folded into them here
+      is neither a number of a step nor what `base.start` folds in.
     clock: [n + 1], from 0 to inf, rising throughout or falling throughout; from `clock`, or any
       other function of time.
     bits: to how many bits after the first the clock is rounded.
@@ -111,14 +113,14 @@ def increments(clock: np.ndarray, bits: int = 20) -> Increments:
 
   Raises:
     ValueError: the bits are not within 1 and 24; the clock has a number that is not within 0 and
-      2^128 or inf, neither rises nor falls throughout, or takes a step too short for the bits.
+      2^127 or inf, neither rises nor falls throughout, or takes a step too short for the bits.
   """
   clock = np.asarray(clock, np.float64)
   if not 1 <= bits <= 24:
     raise ValueError(f"bits={bits}: from 1 to 24.")
   fits = (clock >= 0) & ((clock < 2.0 ** (_HIGHEST + 1)) | np.isinf(clock))
   if clock.ndim != 1 or len(clock) < 2 or not np.all(fits):
-    raise ValueError("A clock is [n + 1] numbers from 0 to 2^128, or inf, for n >= 1 steps.")
+    raise ValueError("A clock is [n + 1] numbers from 0 to 2^127, or inf, for n >= 1 steps.")
   rises, falls = clock[1:] > clock[:-1], clock[1:] < clock[:-1]
   if np.any(rises) and np.any(falls):
     raise ValueError("A clock has to rise throughout or to fall throughout.")

@@ -4,6 +4,7 @@ A corrector costs no evaluation: the output at the predicted point closes the in
 step to it can be made anew with the slope interpolated instead of extrapolated.
 """
 
+import itertools
 from collections.abc import Callable, Sequence
 
 import numpy as np
@@ -12,49 +13,93 @@ from ..models import schedules
 from . import forms, multistep, tables
 
 
+def predictor_corrector(
+  schedule: schedules.Schedule,
+  times: Sequence[float],
+  orders: int | Sequence[int],
+  corrector_orders: int | Sequence[int],
+  *,
+  form: forms.Form | Sequence[forms.Form],
+  rule: forms.Rule,
+) -> tables.SolverTable:
+  """`multistep.adams_bashforth`, each point remade once it is evaluated.
+
+  The step to a point is made again from the corrected point before it, with the slope through the
+  new output and those before, and the noise that led to it. Slopes are those of the points that
+  were evaluated; the last point is the sample: nothing is evaluated there, so it is not corrected.
+
+  Args:
+    schedule: alpha and sigma of time.
+    times: [n + 1].
+    orders: outputs that the predictor extrapolates, p, or one for each step [n].
+    corrector_orders: outputs that the corrector has besides the new one, p, or [n].
+    form: one, or one for each step [n].
+    rule: of both.
+
+  Raises:
+    ValueError: as `multistep.adams_bashforth`.
+  """
+  times = tables.grid(schedule, times)
+  n = len(times) - 1
+  p, c = (multistep.orders_of(order, n) for order in (orders, corrector_orders))
+  each = multistep.forms_of(form, n)
+  path = tables.Path(schedule, n)
+  x, base, z, history = path.start(times[0]), None, None, []
+  for i, (s, t) in enumerate(itertools.pairwise(times)):
+    seen = forms.Evaluation(s, x, path.evaluate(x, s))
+    if i > 0:
+      nodes = _with_new(history[: c[i - 1]], seen)
+      x = forms.advance(path, each[i - 1], rule, base, times[i - 1], s, nodes, z)
+    base, z = x, path.noise()
+    history.insert(0, seen)
+    x = forms.advance(path, each[i], rule, x, s, t, history[: p[i]])
+  return path.table(x, times[-1])
+
+
+def _with_new(known, seen):
+  """Nodes of a corrector: the one the step starts from comes first."""
+  return [known[0], seen, *known[1:]]
+
+
 def unic(
   table: tables.SolverTable,
   schedule: schedules.Schedule,
   order: int | Sequence[int],
-  *,
-  form: forms.Form | Sequence[forms.Form] | None = None,
-  rule: forms.Rule | None = None,
 ) -> tables.SolverTable:
-  """Any table of one evaluation a step, with a corrector: UniC-p, one order higher than p.
+  """Any table of one evaluation a step, with the corrector UniC-p of the data form.
 
-  The point that row i + 1 evaluates is remade from the corrected point before it, with the slope
-  through D_{i+1}, D_i and p - 1 outputs before, and the noise that led to it; the table goes on
-  from there. The last point is the sample: nothing is evaluated there, so it is not corrected.
+  A table's step is x_{i+1} = a x_i + sum_j b_j D_j: what its expansion has at point i + 1 less a
+  times what it has at point i, a making the input cancel. The same step is made from the
+  corrected x_i.
 
   Args:
-    table: its rows evaluate one point of the solution each; a clean or `from_state` input.
+    table: each row evaluates a point of the solution; it draws no noise.
     schedule: the table's.
     order: p, or one for each row [n]: of the step from row i to i + 1.
-    form: data, unless another is given; that of the table if the table draws noise.
-    rule: `bh2`, unless another is given.
+
+  Raises:
+    ValueError: the table draws noise, or a point has nothing of the input.
 
   Reference: Zhao et al. 2023, arXiv 2302.04867, algorithm 1, theorem 3.1.
   """
-  n, k, _ = table.output.shape
-  orders = multistep.orders_of(order, n)
-  each = multistep.forms_of(forms.data() if form is None else form, n)
-  noise = np.zeros((n, k)) if table.noise is None else table.noise
+  expansion, n = tables.expand(table), table.num_rows
+  inputs = np.linalg.norm(expansion.inputs, axis=1)
+  if table.noise is not None or np.any(inputs[:-1] == 0):
+    raise ValueError("UniC is for tables without noise whose points go back to the input.")
+  orders, outputs = multistep.orders_of(order, n), expansion.outputs[:, :, 0]
   path, times = tables.Path(schedule, n), table.times
-  slots = np.zeros((k, path.width))
-  slots[0] = base = path.given(table.start)
-  history, z = [], None
+  x, base, history = path.given(table.start), None, []
   for i in range(n):
-    point = slots[0].copy()
-    seen = forms.Evaluation(times[i], point, path.evaluate(point, times[i]))
+    seen = forms.Evaluation(times[i], x, path.evaluate(x, times[i]))
     if i > 0:
-      known = history[: orders[i - 1]]
-      nodes = [known[0], seen, *known[1:]]
-      s, t = times[i - 1 : i + 1]
-      slots[0] = forms.advance(path, each[i - 1], rule or bh2, base, s, t, nodes, z)
-    base, z = slots[0].copy(), path.noise()
+      nodes = _with_new(history[: orders[i - 1]], seen)
+      x = forms.advance(path, forms.data(), bh2, base, times[i - 1], times[i], nodes)
+    base = x
     history.insert(0, seen)
-    slots = table.carry[i] @ slots + np.outer(table.output[i], seen.output) + np.outer(noise[i], z)
-  return path.table(slots[0], times[n])
+    kept = expansion.inputs[i + 1] @ expansion.inputs[i] / inputs[i] ** 2
+    weights = outputs[i + 1, : i + 1] - kept * outputs[i, : i + 1]
+    x = kept * x + sum(w * node.output for w, node in zip(weights[::-1], history, strict=True))
+  return path.table(x, times[n])
 
 
 def bh1(form: forms.Form, nodes: np.ndarray, lam_s: float, lam_t: float) -> np.ndarray:
@@ -114,8 +159,8 @@ def unipc(
 
   Reference: Zhao et al. 2023, arXiv 2302.04867, algorithms 1 and 2.
   """
-  predictor = unip(schedule, times, order, form=form, rule=rule)
-  return unic(predictor, schedule, order, form=form, rule=rule)
+  form = forms.data() if form is None else form
+  return predictor_corrector(schedule, times, order, order, form=form, rule=rule)
 
 
 def sa_solver(
@@ -125,12 +170,13 @@ def sa_solver(
   predictor_order: int = 3,
   corrector_order: int = 4,
   tau: Callable[[float], float] = lambda t: 1.0,
+  rule: forms.Rule | None = None,
 ) -> tables.SolverTable:
   """SA-Solver: stochastic Adams, with the variance-controlled SDE's noise tau(t)^2.
 
   Exponential Adams-Bashforth and Adams-Moulton of the data form with eta = tau^2, the corrector
-  with the predictor's noise. tau = 0 is the ODE, tau = 1 the usual reverse SDE. The authors' code
-  alters the weights of order two; these are the paper's.
+  with the predictor's noise. tau = 0 is the ODE, tau = 1 the usual reverse SDE. The paper's weights
+  are exact integrals; the authors' code takes `bh1` as its rule.
 
   Args:
     schedule: alpha and sigma of time.
@@ -138,13 +184,13 @@ def sa_solver(
     predictor_order: s of the paper, evaluations extrapolated.
     corrector_order: s-hat, evaluations interpolated, the new one among them.
     tau: of the time at which a step starts.
+    rule: exact integration, unless another is given.
 
   Reference: Xue et al. 2023, arXiv 2305.15388, eq. 14, 15, 17, algorithm 1.
   """
   times = tables.grid(schedule, times)
-  each = [forms.data(tau(t) ** 2) for t in times[:-1]]
-  rule = forms.exact(forms.log_snr)
-  predictor = multistep.adams_bashforth(schedule, times, predictor_order, form=each, rule=rule)
+  form = [forms.data(tau(t) ** 2) for t in times[:-1]]
+  orders, rule = predictor_order, forms.exact(forms.log_snr) if rule is None else rule
   if corrector_order < 2:
-    return predictor
-  return unic(predictor, schedule, corrector_order - 1, form=each, rule=rule)
+    return multistep.adams_bashforth(schedule, times, orders, form=form, rule=rule)
+  return predictor_corrector(schedule, times, orders, corrector_order - 1, form=form, rule=rule)

@@ -237,10 +237,7 @@ def shifted(schedule: schedules.Schedule, times: np.ndarray, shift: float) -> np
       f"shift={shift} takes time {np.max(times)} beyond {schedule.max_time}, the schedule's last: "
       "the grid has to start lower."
     )
-  inner = (times > 0) & np.isfinite(half_log_snr)
-  moved = times.copy()
-  moved[inner] = np.minimum(schedule.time(half_log_snr[inner]), schedule.max_time)
-  return moved
+  return np.minimum(schedule.time(half_log_snr), schedule.max_time)
 
 
 def stretched(times: np.ndarray, end: float) -> np.ndarray:

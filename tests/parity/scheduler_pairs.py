@@ -216,11 +216,12 @@ def sa_solver(predictor, corrector, tau, algorithm="data_prediction"):
   rule = correctors.bh1 if algorithm == "data_prediction" else EXACT
 
   def table(schedule, times):
-    n = len(times) - 1
-    orders = multistep.lowered_at_the_end(predictor, n)
-    start = multistep.adams_bashforth(schedule, times, orders, form=form, rule=rule)
-    orders = multistep.lowered_at_the_end(corrector - 1, n)
-    return correctors.unic(start, schedule, orders, form=form, rule=rule)
+    orders, corrector_orders = (
+      multistep.lowered_at_the_end(order, len(times) - 1) for order in (predictor, corrector - 1)
+    )
+    return correctors.predictor_corrector(
+      schedule, times, orders, corrector_orders, form=form, rule=rule
+    )
 
   return Pair(case, table)
 

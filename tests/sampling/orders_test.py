@@ -64,7 +64,7 @@ SOLVERS = {
   "unipc-2": (3, lambda g: correctors.unipc(VE, g, 2)),
   "unipc-3": (4, lambda g: correctors.unipc(VE, g, 3)),
   "unipc-4": (5, lambda g: correctors.unipc(VE, g, 4)),
-  "lms-corrected": (5, lambda g: correctors.unic(multistep.lms(VE, g), VE, 4)),
+  "lms-corrected": (4, lambda g: correctors.unic(multistep.lms(VE, g), VE, 4)),
 }
 
 

@@ -1,5 +1,7 @@
 """The kernel: what the table says, row by row, one program for tables of one shape; and laws."""
 
+import itertools
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -8,7 +10,7 @@ import solver_cases
 
 import targets
 from ancestral.models import schedules, toy
-from ancestral.sampling import ancestral, base, multistep, solvers, tables
+from ancestral.sampling import ancestral, base, forms, multistep, singlestep, solvers, tables
 
 pytestmark = pytest.mark.usefixtures("compiles_quickly")
 
@@ -71,9 +73,7 @@ def test_one_program_serves_all_tables_of_a_shape_and_all_lengths():
   assert len(traces) == 1
 
 
-RULE = lambda form, nodes, lam_s, lam_t: multistep.forms.exact(multistep.forms.log_snr)(
-  form, nodes, lam_s, lam_t
-)
+RULE = forms.exact(forms.log_snr)
 
 
 def test_a_finished_row_stays_while_others_go_on():
@@ -160,3 +160,48 @@ def test_law(name):
 
 FIRST_ORDER = ("ddim", "euler", "ddim-half", "ddpm", "euler-ancestral", "sde")
 STEPS = dict.fromkeys(FIRST_ORDER, 300)
+
+
+def test_restart_returns_to_the_law():
+  times = FLOW.time(np.linspace(-4, 4, 25))
+  back = ancestral.Restart(FLOW.time(np.linspace(-1, 4 / 3, 8)), repeats=2)
+  step = singlestep.heun(forms.noise())
+  grid = np.append(np.sort(np.append(times, back.times[-1]))[::-1], 0.0)
+  table = ancestral.restart(FLOW, grid, step, [back])
+  assert table.num_rows == 2 * (len(grid) - 2) + 1 + 2 * 2 * 7
+  data_key, other_key = jax.random.split(jax.random.key(0))
+  data = toy.mixture_sample(data_key, MIXTURE, 4096)
+  honest = np.asarray(toy.mixture_sample(other_key, MIXTURE, 4096))
+  out = np.asarray(solvers.sample(targets.keys_of(range(4096)), DENOISE, table, data))
+  assert moments_of_error(out, honest) < 4
+  with pytest.raises(ValueError, match="restart"):
+    ancestral.restart(FLOW, times, step, [ancestral.Restart([0.5, 0.123], 1)])
+
+
+def test_plus_plus_takes_its_noise_from_the_second_output():
+  """With both outputs equal it is DDIM; the first output enters with alpha, the second with -."""
+  times = np.linspace(0.9, 0, 5)
+  both, plain = ancestral.ddim_cfgpp(FLOW, times), ancestral.ddim(FLOW, times)
+  one, other = tables.expand(both), tables.expand(plain)
+  np.testing.assert_allclose(one.outputs.sum(-1, keepdims=True), other.outputs, atol=1e-12)
+  np.testing.assert_allclose(one.outputs[1, 0], [0.325, -0.325 * 0.1 / 0.325 * 0.675 / 0.9])
+
+
+def test_the_new_solver_of_the_documentation_is_order_two_of_lms():
+  schedule = schedules.variance_exploding()
+  times = np.array([10, 6, 3, 1.0, 0.2])
+
+  def adams_bashforth_2(schedule, times):
+    path = tables.Path(schedule, len(times))
+    x, before = path.start(times[0]), None
+    for s, t in itertools.pairwise(times):
+      slope = (x - path.evaluate(x, s)) / schedule.sigma(s)
+      step = slope if before is None else 1.5 * slope - 0.5 * before
+      x, before = x + (schedule.sigma(t) - schedule.sigma(s)) * step, slope
+    return path.table(x, times[-1])
+
+  even = np.linspace(10, 2, 5)
+  one, other = adams_bashforth_2(schedule, even), multistep.lms(schedule, even, 2)
+  for a, b in zip(tables.expand(one), tables.expand(other), strict=True):
+    np.testing.assert_allclose(a, b, atol=1e-9)
+  assert adams_bashforth_2(schedule, times).carry.shape[1] == 2
