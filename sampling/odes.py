@@ -86,13 +86,13 @@ def solve(
   """
   ends = _half_log_snrs(schedule, start, end)
   integrate = _integrator(ends, solver, rtol, atol, max_steps)
+  first, last = (float(_scale(schedule, np.float64(t))) for t in (start, end))
 
   def row(x, condition):
     field = probability_flow(_given(denoise, condition), schedule)
-    y, count = integrate(lambda half_log_snr, y: field(half_log_snr, y), x[None] / first)
+    y, count = integrate(field, x[None] / first)
     return y[0] * last, count
 
-  first, last = (float(_scale(schedule, np.float64(t))) for t in (start, end))
   return jax.vmap(row)(x, jax.tree.map(lambda leaf: leaf[:, None], condition))
 
 
