@@ -387,7 +387,7 @@ def main(_):
     for whose, found in (("ours", ours), ("diffusers", theirs)):
       for (*which, nfe), at in found.items():
         numbers = f"{at.rms:.6g},{at.median:.6g},{at.moved:.4f}"
-        lines.append(f"{target.name},{whose},{' / '.join(which)},{nfe},{numbers}")
+        lines.append(f"{target.name},{whose},{' / '.join(which).replace(',', '')},{nfe},{numbers}")
   if _CSV.value:
     pathlib.Path(_CSV.value).write_text("\n".join(lines) + "\n")
   if _FIGURE.value:
