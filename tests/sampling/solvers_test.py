@@ -205,3 +205,13 @@ def test_the_new_solver_of_the_documentation_is_order_two_of_lms():
   for a, b in zip(tables.expand(one), tables.expand(other), strict=True):
     np.testing.assert_allclose(a, b, atol=1e-9)
   assert adams_bashforth_2(schedule, times).carry.shape[1] == 2
+
+
+@pytest.mark.parametrize("name", ["ddpm", "sde-2m", "churn"])
+def test_a_row_is_the_same_alone(name):
+  table = solver_cases.ALL[name](FLOW, np.linspace(0.95, 0, 5))
+  sample = jax.jit(lambda keys, x: solvers.sample(keys, DENOISE, table, x))
+  x = jnp.asarray(np.random.default_rng(0).normal(size=(3, 2)), jnp.float32)
+  together = sample(targets.keys_of([4, 7, 9]), x)
+  alone = sample(targets.keys_of([7]), x[1:2])
+  np.testing.assert_allclose(alone[0], together[1], rtol=0, atol=1e-6)
