@@ -50,13 +50,19 @@ def shifted(schedule: Schedule, shift: float) -> Schedule:
   schedule a grid of times that dwells where it is noisy, see `grids.shifted`, not both.
 
   Raises:
-    ValueError: the shift is not above 0.
+    ValueError: the shift is not above 0, or leads beyond the noisiest state of a chain.
 
   Reference: Hoogeboom et al. 2023, arXiv 2301.11093, section 3.1; Esser et al. 2024, arXiv
     2403.03206, eq. 23.
   """
   if not shift > 0:
     raise ValueError(f"shift={shift}: has to be above 0; 1 leaves the schedule as it is.")
+  noisiest = half_log_snr(schedule, schedule.max_time) - np.log(shift)
+  if not np.isclose(half_log_snr(schedule, schedule.time(noisiest)), noisiest):
+    raise ValueError(
+      f"A shift of {shift} leads to noise that this chain does not reach: give `from_betas` betas "
+      "of zero terminal signal, or shift by 1 at most."
+    )
   moved = lambda t: schedule.time(half_log_snr(schedule, t) - np.log(shift))
   return schedule._replace(
     alpha=lambda t: schedule.alpha(moved(t)),

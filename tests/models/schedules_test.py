@@ -259,3 +259,9 @@ def test_a_chain_of_impossible_betas_is_refused(betas):
 def test_an_impossible_shift_is_refused(shift):
   with pytest.raises(ValueError, match="shift"):
     schedules.shifted(schedules.rectified_flow(), shift)
+
+
+def test_a_shift_beyond_the_end_of_a_chain_is_refused():
+  chain = schedules.from_betas(schedules.linear_betas())
+  with pytest.raises(ValueError, match="does not reach"):
+    schedules.shifted(chain, 3.0)
