@@ -187,13 +187,12 @@ def _transfer(path, x, s, t, nodes, weights):
   """DDIM's step with a mean of noise predictions, sum_j weights[j] e_j, in place of one."""
   schedule = path.schedule
   alpha, sigma = schedule.alpha(s), schedule.sigma(s)
+  if alpha == 0:  # D = (x - sigma e) / alpha cannot be had from e
+    return forms.ddim(schedule, nodes[0], x, s, t)
   noise = sum(
     w * (node.point - schedule.alpha(node.time) * node.output) / schedule.sigma(node.time)
     for w, node in zip(weights, nodes, strict=False)
   )
-  # Of e, without dividing by alpha, which may be 0: D = (x - sigma e) / alpha.
-  if alpha == 0:
-    return forms.ddim(schedule, nodes[0], x, s, t)
   return schedule.alpha(t) / alpha * (x - sigma * noise) + schedule.sigma(t) * noise
 
 
