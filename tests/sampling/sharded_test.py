@@ -17,8 +17,17 @@ import pytest
 from jax.sharding import PartitionSpec as P
 
 import targets
-from ancestral.models import transformer
-from ancestral.sampling import base, decode, drafting, sharded, speculative, truncation
+from ancestral.models import schedules, toy, transformer
+from ancestral.sampling import (
+  base,
+  decode,
+  drafting,
+  multistep,
+  sharded,
+  solvers,
+  speculative,
+  truncation,
+)
 from ancestral.sampling import logits as logits_lib
 
 ROWS = {"table": 3, "transformer": 1}  # samples of each prompt
@@ -294,6 +303,25 @@ def test_what_does_not_divide_stays_whole():
   for mesh in (mesh_of(data=8), mesh_of(data=8, model=1)):
     assert set(jax.tree.leaves(sharded.specs(params, mesh), is_leaf=lambda x: x == P())) == {P()}
   assert sharded.specs(jnp.ones((4, 4)), mesh_of(model=2)) == P()  # a table: no name, no rule
+
+
+def eight_devices_diffuse_as_one_does():
+  """The table is shared, so it travels with the params."""
+  schedule = schedules.rectified_flow()
+  table = multistep.dpmpp_2m(schedule, np.linspace(0.95, 0, 5), eta=1.0)
+  means = jnp.array([[1.0, -0.5], [-0.8, 0.4]])
+
+  def sample(params, settings, keys, x):
+    means, table = params
+    mixture = toy.GaussianMixture(jnp.array([0.4, 0.6]), means, jnp.array([0.1, 0.3]))
+    return solvers.sample(keys, toy.mixture_denoiser(mixture, schedule), table, x)
+
+  keys, x = targets.keys_of(range(10)), jnp.linspace(-1, 1, 20).reshape(10, 2)
+  alone = jax.jit(sample)((means, table), {}, keys, x)
+  mesh = sharded.make_mesh()
+  runs = sharded.jitted(sample, mesh), sharded.mapped(sample, mesh), sharded.pmapped(sample)
+  for run in runs:
+    np.testing.assert_allclose(run((means, table), {}, keys, x), alone, rtol=0, atol=1e-5)
 
 
 @pytest.mark.parametrize(
