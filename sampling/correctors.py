@@ -49,7 +49,7 @@ def predictor_corrector(
     seen = forms.Evaluation(s, x, path.evaluate(x, s))
     if i > 0:
       nodes = _with_new(history[: c[i - 1]], seen)
-      x = forms.advance(path, each[i - 1], rule, base, times[i - 1], s, nodes, z)
+      x = forms.advance(path, each[i - 1], rule, base, times[i - 1], s, nodes, z=z)
     base, z = x, path.noise()
     history.insert(0, seen)
     x = forms.advance(path, each[i], rule, x, s, t, history[: p[i]])

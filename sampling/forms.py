@@ -125,6 +125,7 @@ def advance(
   s: float,
   t: float,
   nodes: Sequence[Evaluation],
+  *,
   z: np.ndarray | None = None,
 ) -> np.ndarray:
   """x_t from x_s: base_t (x_s / base_s + sum_j weight_j slope_j) + spread z.
@@ -145,12 +146,14 @@ def advance(
   if not np.all(np.isfinite([*clocks, base_t])) or base_s == 0 or base_t == 0:
     return ddim(schedule, nodes[0], x, s, t) + spread * z
   weights = rule(form, np.array([_lambda(schedule, node.time) for node in nodes]), lam_s, lam_t)
-  slopes = [
-    form.slope(node.point, node.output, schedule.alpha(node.time), schedule.sigma(node.time))
-    for node in nodes
-  ]
-  integral = sum(w * slope for w, slope in zip(weights, slopes, strict=True))
-  return base_t * (x / base_s + integral) + spread * z
+  moved = sum(w * slope(form, schedule, node) for w, node in zip(weights, nodes, strict=True))
+  return base_t * (x / base_s + moved) + spread * z
+
+
+def slope(form: Form, schedule: schedules.Schedule, node: Evaluation) -> np.ndarray:
+  """The form's slope at an evaluated point."""
+  alpha, sigma = schedule.alpha(node.time), schedule.sigma(node.time)
+  return form.slope(node.point, node.output, alpha, sigma)
 
 
 def ddim(

@@ -44,7 +44,7 @@ def adams_bashforth(
   """
   times = tables.grid(schedule, times)
   orders, each = orders_of(order, len(times) - 1), forms_of(form, len(times) - 1)
-  path = tables.Path(schedule, 4 * len(times))
+  path = tables.Path(schedule, len(times) + 3 * max(orders))  # a start's steps take up to 4 rows
   x, history = path.start(times[0]), []
   for i, (s, t) in enumerate(itertools.pairwise(times)):
     if start is not None and i < max(orders) - 1 and t > 0:
@@ -189,10 +189,8 @@ def _transfer(path, x, s, t, nodes, weights):
   alpha, sigma = schedule.alpha(s), schedule.sigma(s)
   if alpha == 0:  # D = (x - sigma e) / alpha cannot be had from e
     return forms.ddim(schedule, nodes[0], x, s, t)
-  noise = sum(
-    w * (node.point - schedule.alpha(node.time) * node.output) / schedule.sigma(node.time)
-    for w, node in zip(weights, nodes, strict=False)
-  )
+  slopes = (forms.slope(forms.noise(), schedule, node) for node in nodes)
+  noise = sum(w * slope for w, slope in zip(weights, slopes, strict=False))
   return schedule.alpha(t) / alpha * (x - sigma * noise) + schedule.sigma(t) * noise
 
 

@@ -30,7 +30,7 @@ _ROUNDING = 1e-9
 class SolverTable(NamedTuple):
   """A solver of n evaluations that carries k arrays, of a model with o outputs.
 
-  Row i, with S the tuple of k arrays and z ~ N(0, I):
+  Row i, with S the k arrays and z ~ N(0, I):
 
     m = denoise(S[0], times[i]),    S <- carry[i] S + output[i] m + noise[i] z,
 
@@ -74,21 +74,19 @@ class Path:
 
   def __init__(self, schedule: schedules.Schedule, num_rows: int, num_outputs: int = 1):
     self.schedule, self._num_rows, self._num_outputs = schedule, num_rows, num_outputs
-    self._units = np.eye(2 + num_rows * (num_outputs + 1))
     self._points, self._times = [], []
 
-  @property
-  def width(self) -> int:
-    """Of the vectors."""
-    return self._units.shape[1]
+  def _units(self, first: int, count: int = 1) -> np.ndarray:
+    """Unit vectors of the coordinates from `first`, [count, width]."""
+    return np.eye(count, 2 + self._num_rows * (self._num_outputs + 1), first)
 
   def given(self, start: np.ndarray) -> np.ndarray:
-    """start[0] x + start[1] z, [width]."""
-    return start @ self._units[:2]
+    """start[0] x + start[1] z."""
+    return np.asarray(start) @ self._units(0, 2)
 
   def start(self, t: float) -> np.ndarray:
     """alpha(t) x + sigma(t) z: the input, noised to time t."""
-    return self.schedule.alpha(t) * self._units[0] + self.schedule.sigma(t) * self._units[1]
+    return self.given([self.schedule.alpha(t), self.schedule.sigma(t)])
 
   def renoise(self, x: np.ndarray, s: float, t: float) -> np.ndarray:
     """x_t from x_s at a noisier t: alpha_t (x / alpha_s + sqrt(rho_t^2 - rho_s^2) z).
@@ -104,14 +102,14 @@ class Path:
   def evaluate(self, point: np.ndarray, t: float) -> np.ndarray:
     """The model's output at a point of time t; [o, ..] where o is not 1."""
     first = 2 + len(self._points) * self._num_outputs
-    self._points.append(point)
+    self._points.append(np.array(point))  # whatever becomes of the caller's
     self._times.append(t)
-    outputs = self._units[first : first + self._num_outputs]
+    outputs = self._units(first, self._num_outputs)
     return outputs if self._num_outputs > 1 else outputs[0]
 
   def noise(self) -> np.ndarray:
     """The z of the last evaluation's row: one a row, the same however often it is asked for."""
-    return self._units[2 + self._num_rows * self._num_outputs + len(self._points) - 1]
+    return self._units(2 + self._num_rows * self._num_outputs + len(self._points) - 1)[0]
 
   def expansion(self, sample: np.ndarray, t: float) -> Expansion:
     """The solver that ends with this sample, at time t."""
@@ -182,7 +180,8 @@ def realise(expansion: Expansion) -> SolverTable:
 
 def _recent_outputs(i, o, width):
   """Unit vectors of the model's outputs before row i, the latest first."""
-  return np.eye(width)[2 : 2 + i * o][::-1][: 8 * o]
+  count = min(i, 8) * o
+  return np.eye(count, width, 2 + i * o - count)[::-1]
 
 
 def _basis(first, kept, candidates):

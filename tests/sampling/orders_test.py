@@ -55,6 +55,20 @@ SOLVERS = {
   "heun": (2, lambda g: singlestep.singlestep(VE, g, singlestep.heun(NOISE))),
   "rk3": (3, lambda g: singlestep.singlestep(VE, g, singlestep.rk3(NOISE))),
   "rk4": (4, lambda g: singlestep.singlestep(VE, g, singlestep.rk4(NOISE))),
+  **{
+    name: (
+      order,
+      lambda g, tableau=tableau: singlestep.singlestep(
+        VE, g, singlestep.runge_kutta(*tableau, NOISE)
+      ),
+    )
+    for name, order, tableau in (
+      ("midpoint", 2, singlestep.MIDPOINT),
+      ("ralston", 2, singlestep.RALSTON),
+      ("heun-3", 3, singlestep.HEUN_3),
+      ("ssp-3", 3, singlestep.SSP_3),
+    )
+  },
   "heun-flow": (2, lambda g: singlestep.singlestep(VE, g, singlestep.heun(forms.flow()))),
   "deis-3": (
     3,
@@ -68,6 +82,20 @@ SOLVERS = {
 }
 
 
+SINGLESTEP = (
+  "2s",
+  "3s",
+  "heun",
+  "heun-flow",
+  "rk3",
+  "rk4",
+  "midpoint",
+  "ralston",
+  "heun-3",
+  "ssp-3",
+)
+
+
 def slope(make, reference, steps=STEPS):
   errors = []
   for num_steps in steps:
@@ -79,7 +107,7 @@ def slope(make, reference, steps=STEPS):
 @pytest.mark.parametrize("name", SOLVERS)
 def test_a_solver_has_its_order(name, reference):
   order, make = SOLVERS[name]
-  steps = SINGLE if name in ("2s", "3s", "heun", "heun-flow", "rk3", "rk4") else STEPS
+  steps = SINGLE if name in SINGLESTEP else STEPS
   assert slope(make, reference, steps) >= order - 0.1
 
 
