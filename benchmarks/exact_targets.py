@@ -1,5 +1,6 @@
 """What solvers are measured on: exact denoisers, and tables run on them, in numpy and float64."""
 
+from collections.abc import Callable
 from typing import NamedTuple
 
 import numpy as np
@@ -52,18 +53,25 @@ def denoised(target: Target, x: np.ndarray, alpha: float, sigma: float) -> np.nd
   return sigma**2 * share @ target.means + alpha * slope[:, None] * x
 
 
-def run(
-  table: tables.SolverTable, schedule: schedules.Schedule, target: Target, x: np.ndarray
+def applied(
+  table: tables.SolverTable, denoise: Callable[[np.ndarray, float], np.ndarray], x: np.ndarray
 ) -> np.ndarray:
-  """The sample from the state x [B, D] at times[0], by the table's recurrence."""
+  """The sample from the state x [B, D] at times[0], by the table's recurrence, without noise."""
   slots = np.zeros((table.carry.shape[1], *x.shape))
   slots[0] = x
-  alpha, sigma = schedule.alpha(table.times), schedule.sigma(table.times)
   for i in range(table.num_rows):
-    output = denoised(target, slots[0], alpha[i], sigma[i])
+    output = denoise(slots[0], table.times[i])
     slots = np.einsum("jl,lbd->jbd", table.carry[i], slots)
     slots += table.output[i, :, 0][:, None, None] * output[None]
   return slots[0]
+
+
+def run(
+  table: tables.SolverTable, schedule: schedules.Schedule, target: Target, x: np.ndarray
+) -> np.ndarray:
+  """`applied` to the target's denoiser."""
+  denoise = lambda x, t: denoised(target, x, schedule.alpha(t), schedule.sigma(t))
+  return applied(table, denoise, x)
 
 
 def replay(
