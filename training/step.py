@@ -57,22 +57,12 @@ def train_step(
     (loss, weight), metrics = loss_fn(key, params, batch)
     return jnp.sum(loss), {"weight": jnp.sum(weight), **jax.tree.map(jnp.sum, metrics)}
 
-  def accumulate(total, slice_):
-    return jax.tree.map(jnp.add, total, gradient(state.params, *slice_)), None
-
   gradient = jax.value_and_grad(summed, has_aux=True)
   keys = jax.random.split(jax.random.fold_in(key, state.step), num_microbatches)
-  slices = (
-    keys,
-    jax.tree.map(
-      lambda x: jnp.swapaxes(x.reshape(-1, num_microbatches, *x.shape[1:]), 0, 1), batch
-    ),
-  )
-  first = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape[1:], x.dtype), slices)
-  zeros = jax.tree.map(
-    lambda x: jnp.zeros(x.shape, x.dtype), jax.eval_shape(gradient, state.params, *first)
-  )
-  ((loss, metrics), gradients), _ = jax.lax.scan(accumulate, zeros, slices)
+  if num_microbatches == 1:  # no loop: on CPU gradients of convolutions are 20 times slower in one
+    (loss, metrics), gradients = gradient(state.params, keys[0], batch)
+  else:
+    (loss, metrics), gradients = _accumulated(gradient, state.params, keys, batch)
 
   weight = metrics.pop("weight")
   mean = lambda x: x / jnp.maximum(weight, jnp.finfo(jnp.float32).tiny)
@@ -87,3 +77,16 @@ def train_step(
     **jax.tree.map(mean, metrics),
   }
   return state_lib.TrainState(state.step + 1, params, optimizer_state, average), metrics
+
+
+def _accumulated(gradient, params, keys, batch):
+  """The sum over microbatches, of every len(keys)-th example each, one at a time."""
+  num = len(keys)
+  cut = lambda x: jnp.swapaxes(x.reshape(-1, num, *x.shape[1:]), 0, 1)
+  slices = (keys, jax.tree.map(cut, batch))
+  first = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape[1:], x.dtype), slices)
+  zeros = jax.tree.map(
+    lambda x: jnp.zeros(x.shape, x.dtype), jax.eval_shape(gradient, params, *first)
+  )
+  add = lambda total, slice_: (jax.tree.map(jnp.add, total, gradient(params, *slice_)), None)
+  return jax.lax.scan(add, zeros, slices)[0]
