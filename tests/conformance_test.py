@@ -10,12 +10,14 @@ import numpy as np
 import pytest
 
 import targets
+from ancestral.models import bridges as bridge_models
 from ancestral.models import guided, schedules, toy
 from ancestral.sampling import (
   ancestral,
   automata,
   base,
   beam,
+  bridges,
   constraints,
   contrastive,
   correctors,
@@ -176,6 +178,20 @@ def diffusing(name, table, **kwargs):
   return Case(name, algorithm, means, inputs, sample, {"slots": "float32"}, **kwargs)
 
 
+def bridging():
+  """Paths of a light bridge, its params the bridge."""
+  rng = np.random.default_rng(0)
+  shapes = (2,), (2, 3), (2, 3, 3)
+  params = bridge_models.LightBridge(
+    *(jnp.asarray(rng.normal(size=shape), jnp.float32) for shape in shapes)
+  )
+  algorithm = lambda params: bridges.euler_maruyama(
+    bridge_models.drift(params, 0.5), np.linspace(0, 1, 5), 0.5
+  )
+  inputs = lambda requests: jnp.asarray(CLEAN[requests])
+  return Case("bridge", algorithm, params, inputs, fields_of(("x",)), {"x": "float32"})
+
+
 CLEAN = np.linspace(-1, 1, 12, dtype=np.float32).reshape(4, 3)
 
 CASES = [
@@ -228,6 +244,7 @@ CASES = [
       schedule, times, ancestral.renoised(singlestep.euler)
     ),
   ),
+  bridging(),
 ]
 
 
