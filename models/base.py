@@ -7,6 +7,7 @@ from collections.abc import Callable
 from typing import Any, NamedTuple, Protocol
 
 import jax
+import jax.numpy as jnp
 
 Params = Any
 
@@ -61,6 +62,42 @@ Denoiser = Callable[[jax.Array, jax.Array], jax.Array]
 
 # tokens [B, L] with some masked, t [] -> logits [B, L, V] of p(x_0 at each position | tokens)
 Predictor = Callable[[jax.Array, jax.Array], jax.Array]
+
+
+class Condition(NamedTuple):
+  """What a diffusion network is told besides a noisy sample and how noisy it is.
+
+  A field that the network does not take is None. To guide without a classifier, the same network is
+  called with `unconditional` as well.
+  """
+
+  label: jax.Array | None = None  # [B] int32, a class; num_classes, one past the last, is none
+  text: jax.Array | None = None  # [B, T, E], embeddings of tokens
+  text_mask: jax.Array | None = None  # [B, T] bool, which of them there are; a row of none is none
+
+
+def without(condition: Condition, num_classes: int | None, rows: jax.Array) -> Condition:
+  """The condition taken away from the rows [B] (bool) where `rows` is true."""
+  label, text, mask = condition
+  if label is not None:
+    label = jnp.where(rows, num_classes, label)
+  if text is not None:
+    mask = jnp.ones(text.shape[:2], bool) if mask is None else mask
+    mask = mask & ~rows[:, None]
+  return Condition(label, text, mask)
+
+
+class Network(NamedTuple):
+  """What a diffusion model learns, as two pure functions; `precondition` makes a Denoiser of it.
+
+  Attributes:
+    init: (key, x [B, ...]) -> params.
+    apply: (params, x [B, ...], level [B], condition, *, key=None) -> output [B, ...], float32.
+      `level` says how noisy x is, from 0 to about 1000; `key` turns dropout on.
+  """
+
+  init: Callable[..., Params]
+  apply: Callable[..., jax.Array]
 
 
 def apply(

@@ -42,7 +42,7 @@ def attention_mask(slots: jax.Array, num_slots: int, *, causal: bool, window: in
   return mask
 
 
-def attend(query: jax.Array, key_values: KeyValues, mask: jax.Array) -> jax.Array:
+def attend(query: jax.Array, key_values: KeyValues, mask: jax.Array | None) -> jax.Array:
   """Grouped-query attention, softmax(q k^T / sqrt(C)) v, with the softmax in float32.
 
   Head h reads keys h // (H / K). A query that may attend to nothing gets 0, not NaN.
@@ -50,7 +50,7 @@ def attend(query: jax.Array, key_values: KeyValues, mask: jax.Array) -> jax.Arra
   Args:
     query: [B, H, L, C].
     key_values: keys and values [B, K, S, C].
-    mask: [B, L, S] bool.
+    mask: [B, L, S] bool, or None where every query may attend to every key.
 
   Returns:
     [B, H, L, C].
@@ -61,7 +61,9 @@ def attend(query: jax.Array, key_values: KeyValues, mask: jax.Array) -> jax.Arra
   batch, num_heads, length, channels = query.shape
   grouped = query.reshape(batch, keys.shape[1], -1, length, channels)
   scores = jnp.einsum("bkglc,bksc->bkgls", grouped, keys, preferred_element_type=jnp.float32)
-  scores = jnp.where(mask[:, None, None], scores * channels**-0.5, -jnp.inf)
+  scores = scores * channels**-0.5
+  if mask is not None:
+    scores = jnp.where(mask[:, None, None], scores, -jnp.inf)
   # A finite maximum leaves exp(-inf) = 0 where everything is masked.
   largest = jnp.max(scores, axis=-1, keepdims=True, initial=jnp.finfo(jnp.float32).min)
   weights = jnp.exp(scores - jax.lax.stop_gradient(largest))
