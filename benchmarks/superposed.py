@@ -23,6 +23,7 @@ import numpy as np
 from absl import app, flags, logging
 
 from ancestral.launch import experiment as experiment_lib
+from ancestral.launch import fields
 from ancestral.models import base as model_base
 from ancestral.models import transformer
 from ancestral.sampling import base, beam, contrastive, decode, ngram, superposed, truncation
@@ -282,7 +283,7 @@ def main(_):
     "date": time.strftime("%Y-%m-%d"),
     "machine": f"{os.cpu_count()} cores, {jax.devices()[0].device_kind}",
     "jax": jax.__version__,
-    "run": experiment_lib.to_json(experiment.config),
+    "run": fields.to_json(experiment.config),
     "table": {"runs": int(table.before[-1]), "distinct": len(table.grams), "seconds": built},
     "drafts": drafts,
     "linearity": laws,

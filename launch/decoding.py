@@ -38,6 +38,7 @@ _SETTINGS = {
   )
   for name in dict.fromkeys(name for preset in PRESETS for name in _parameters(preset))
 }
+FLAGS = (_PRESET, *_SETTINGS.values())
 
 
 class Decoding(NamedTuple):

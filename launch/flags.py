@@ -3,7 +3,7 @@
 import contextlib
 import itertools
 import sys
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any
 
 import ml_collections
@@ -25,6 +25,12 @@ SWEEP = flags.DEFINE_multi_string(
 )
 LAST = flags.DEFINE_bool("last", False, "Use the last parameters, not their average.")
 STEP = flags.DEFINE_integer("step", None, "Checkpoint to take; the latest by default.")
+AVERAGE_STD = flags.DEFINE_float(
+  "average_std",
+  None,
+  "Average of the parameters over this share of training, of those that the run can make: see "
+  "train.average_stds.",
+)
 BEST = flags.DEFINE_bool("best", False, "Take the checkpoint that evaluated best in training.")
 
 
@@ -52,11 +58,16 @@ def parse(argv: list[str], reads: Sequence[flags.FlagHolder]) -> list[str]:
       raise
     if remaining[1:]:
       raise ValueError(f"{remaining[1]!r} is not a flag: flags are written --name=value.")
-    read = {flag.name for flag in reads}
-    for flag in (CONFIG, WORKDIR, SEEDS, SWEEP, LAST, STEP, BEST):
-      if flag.present and flag.name not in read:
-        raise ValueError(f"--{flag.name} means nothing here: leave it out.")
+    refuse_others((CONFIG, WORKDIR, SEEDS, SWEEP, LAST, STEP, BEST, AVERAGE_STD), reads)
   return remaining
+
+
+def refuse_others(defined: Iterable[flags.FlagHolder], reads: Iterable[flags.FlagHolder]) -> None:
+  """Raises ValueError where one of the flags `defined` was given that is not among those read."""
+  read = {flag.name for flag in reads}
+  for flag in defined:
+    if flag.present and flag.name not in read:
+      raise ValueError(f"--{flag.name} means nothing here: leave it out.")
 
 
 @contextlib.contextmanager
@@ -117,6 +128,7 @@ def checkpoint() -> dict[str, Any]:
     "last": LAST.value,
     "step": STEP.value,
     "best": BEST.value,
+    "average_std": AVERAGE_STD.value,
   }
 
 

@@ -17,16 +17,14 @@ from absl import flags as absl_flags
 
 from ..configs import arithmetic
 from ..evaluation import attempts as attempts_lib
-from ..models import transformer
-from ..training import loop
-from . import evaluate, flags, report, train
-from . import experiment as experiment_lib
+from ..training import averaging, loop
+from . import answers, evaluate, fields, flags, language, report, train
 
 READS = (flags.WORKDIR,)
 _STEPS = absl_flags.DEFINE_integer("num_steps", None, "Steps of training; the config's if unset.")
 
 
-def config() -> experiment_lib.Config:
+def config() -> fields.Config:
   """The experiment: configs/arithmetic.py, variant tiny."""
   made = arithmetic.get_config("tiny")
   if _STEPS.value is not None:
@@ -35,7 +33,7 @@ def config() -> experiment_lib.Config:
   return made
 
 
-def run(config: experiment_lib.Config, workdir: str, console: rich.console.Console) -> pathlib.Path:
+def run(config: fields.Config, workdir: str, console: rich.console.Console) -> pathlib.Path:
   """Trains, evaluates and reports; returns where the report is."""
   with flags.one_line_errors():
     opened = train.open_run(config, workdir)
@@ -44,13 +42,13 @@ def run(config: experiment_lib.Config, workdir: str, console: rich.console.Conso
     f"{int(opened.state.step)} to {config.train.num_steps}: checkpoints in {workdir}"
   )
   state = train.train(opened)
-  params = transformer.unstack(state.average or state.params)
+  params = language.finished(averaging.used(state))
   console.print(f"Sampling {config.evaluation.num_samples} answers to each held-out problem")
-  attempts = experiment_lib.verified(opened.experiment, num_samples=config.evaluation.num_samples)(
+  attempts = language.verified(opened.experiment, num_samples=config.evaluation.num_samples)(
     params, jax.random.key(config.seed)
   )
-  console.print(evaluate.table(attempts))
-  result = {"step": int(state.step), **evaluate.record(attempts)}
+  console.print(answers.table(attempts))
+  result = {"step": int(state.step), **answers.record(attempts)}
   evaluate.write(workdir, result)
   return report.write(
     pathlib.Path(workdir) / "report.html",

@@ -41,8 +41,7 @@ from ..sampling import (
 from ..training import checkpoint, data, drafters, loop, optimizer, step
 from ..training import confidence as confidence_losses
 from ..training import state as state_lib
-from . import experiment as experiment_lib
-from . import flags, train
+from . import fields, flags, language, train
 
 READS = (flags.CONFIG, flags.WORKDIR)
 
@@ -50,20 +49,20 @@ READS = (flags.CONFIG, flags.WORKDIR)
 class Pair(NamedTuple):
   """A target and a draft model of one vocabulary, and heads of either."""
 
-  config: experiment_lib.Config
-  target: experiment_lib.Experiment
-  draft: experiment_lib.Experiment
+  config: fields.Config
+  target: language.Experiment
+  draft: language.Experiment
   eagle: eagle.FeatureModel  # of the target
   confidence: confidence_lib.Head  # of the draft model
 
 
-def build(config: experiment_lib.Config) -> Pair:
+def build(config: fields.Config) -> Pair:
   """What the configuration names.
 
   Raises:
     ValueError: one of its experiments is wrong, or they have different tokens.
   """
-  target, draft = experiment_lib.build(config.target), experiment_lib.build(config.draft)
+  target, draft = language.build(config.target), language.build(config.draft)
   sizes = target.tokenizer.vocab_size, draft.tokenizer.vocab_size
   if sizes[0] != sizes[1]:
     raise ValueError(f"The target has {sizes[0]} tokens, the draft {sizes[1]}: they have to agree.")
@@ -81,7 +80,7 @@ def build(config: experiment_lib.Config) -> Pair:
   return pair
 
 
-def _check(config: experiment_lib.Config) -> None:
+def _check(config: fields.Config) -> None:
   """Raises at the first number that its field cannot mean."""
   for section in ("eagle", "confidence", "decode"):
     for name, value in config[section].items():
@@ -152,7 +151,7 @@ def fit_head(
   begin = lambda key: state_lib.init(key, init, adamw, state_lib.no_average())
   init_key, key = jax.random.split(jax.random.key(pair.config.target.seed))
   source = pair.target
-  config = experiment_lib.to_json(pair.config)
+  config = fields.to_json(pair.config)
   config = {key: config[key] for key in ("target", "draft", name)} | {
     "temperature": config["decode"]["temperature"]
   }

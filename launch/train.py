@@ -17,17 +17,15 @@ import os
 import pathlib
 import signal
 import sys
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any, NamedTuple, NoReturn
 
 import jax
 
-from ..evaluation import attempts
-from ..models import transformer
-from ..training import checkpoint, data, loop, metrics, step
+from ..training import averaging, checkpoint, data, loop, metrics, step
 from ..training import state as state_lib
 from . import experiment as experiment_lib
-from . import flags
+from . import fields, flags
 
 READS = (flags.CONFIG, flags.WORKDIR, flags.SEEDS, flags.SWEEP)
 # What may differ between a run and its resumption: how long it is, and what is kept of it.
@@ -50,10 +48,9 @@ class Run(NamedTuple):
   state: state_lib.TrainState
   batches: Iterator[Any]
   manager: checkpoint.Manager
-  score: Callable[[Any], dict[str, float]]  # of the params; see `scores`
 
 
-def open_run(config: experiment_lib.Config, workdir: str) -> Run:
+def open_run(config: fields.Config, workdir: str) -> Run:
   """Builds what the configuration names and restores what the workdir holds.
 
   Raises:
@@ -61,7 +58,6 @@ def open_run(config: experiment_lib.Config, workdir: str) -> Run:
       has been changed there.
   """
   experiment = experiment_lib.build(config)
-  score = scores(experiment)
   init_key, key = jax.random.split(jax.random.key(config.seed))
   init = functools.partial(experiment_lib.init_state, experiment)
   batches = data.batches(
@@ -82,7 +78,7 @@ def open_run(config: experiment_lib.Config, workdir: str) -> Run:
       state = jax.jit(init)(init_key)
     else:
       saved = checkpoint.load_config(directory)
-      checkpoint.check_config(saved, experiment_lib.to_json(config), ignore=FREE)
+      checkpoint.check_config(saved, fields.to_json(config), ignore=FREE)
       restored = checkpoint.restore(manager, jax.eval_shape(init, init_key))
       if restored.step > config.train.num_steps:
         raise ValueError(
@@ -92,27 +88,7 @@ def open_run(config: experiment_lib.Config, workdir: str) -> Run:
       state = restored.state
       data.set_state(batches, restored.data_state)
     undo.pop_all()
-  return Run(experiment, pathlib.Path(workdir), key, state, batches, manager, score)
-
-
-def scores(experiment: experiment_lib.Experiment) -> Callable[[Any], dict[str, float]]:
-  """What is measured now and then while training: a function of the parameters.
-
-  For a task, the share of right answers to held-out problems, one sample each, over all and by
-  level; for text, the held-out loss.
-  """
-  if experiment.task is None:
-    loss = experiment_lib.held_out_loss(experiment)
-    return lambda params: {"held_out_loss": loss(params)}
-  attempt = experiment_lib.verified(experiment, num_samples=1)
-
-  def score(params):
-    made = attempt(params, jax.random.key(experiment.config.seed))
-    rows = attempts.summarise(made)["pass@1"]
-    mean = sum(row.mean * row.count for row in rows) / sum(row.count for row in rows)
-    return {"pass@1": mean, **{f"pass@1/level_{row.level}": row.mean for row in rows}}
-
-  return score
+  return Run(experiment, pathlib.Path(workdir), key, state, batches, manager)
 
 
 def _writer(run: Run) -> metrics.Writer:
@@ -134,7 +110,8 @@ def train(run: Run) -> state_lib.TrainState:
     loop.Interrupted: by a signal, after saving.
   """
   experiment, c = run.experiment, run.experiment.config.train
-  config = experiment_lib.to_json(experiment.config)
+  finished = experiment_lib.kind_of(experiment.config).finished
+  config = fields.to_json(experiment.config)
   if jax.process_index() == 0:
     (run.workdir / "config.json").write_text(json.dumps(config, indent=1))
   writer = _writer(run)
@@ -145,7 +122,7 @@ def train(run: Run) -> state_lib.TrainState:
 
   def evaluate(done, state):
     scored.clear()
-    scored[done] = run.score(transformer.unstack(state.average or state.params))
+    scored[done] = experiment.score(finished(averaging.used(state)))
     writer.write(done, scored[done])
 
   def save(done, state):

@@ -12,7 +12,8 @@ import numpy as np
 import pytest
 
 from ancestral.configs import arithmetic, text
-from ancestral.launch import decoding, evaluate, experiment, sample, train
+from ancestral.launch import answers, decoding, draws, experiment, fields, held_out, language, train
+from ancestral.launch import texts as texts_lib
 from ancestral.sampling import logits
 from ancestral.training import data, step
 
@@ -109,8 +110,9 @@ class Reads:
     monkeypatch.setattr(
       ml_collections.ConfigDict, "__getitem__", lambda config, name: self.read(config, name)
     )
-    for whole in ("to_json", "_check"):  # these look at every field, for nobody
-      monkeypatch.setattr(experiment, whole, self.mute(getattr(experiment, whole)))
+    # These look at every field, for nobody.
+    for module, whole in ((fields, "to_json"), (fields, "check"), (language, "_check")):
+      monkeypatch.setattr(module, whole, self.mute(getattr(module, whole)))
 
   def mute(self, function):
     def muted(*args):
@@ -175,12 +177,12 @@ def test_every_field_is_read_by_something(module, variant, tmp_path, monkeypatch
   train.train(train.open_run(config, str(tmp_path / "run")))
   built, params, _ = experiment.restore_params(config, str(tmp_path / "run"))
   if module == "arithmetic":
-    attempts = experiment.verified(built, num_samples=config.evaluation.num_samples)(
+    attempts = language.verified(built, num_samples=config.evaluation.num_samples)(
       params, jax.random.key(0)
     )
-    assert evaluate.record(attempts)["table"]
+    assert answers.record(attempts)["table"]
   else:
-    assert experiment.held_out_loss(built)(params) > 0
+    assert held_out.mean_loss(built)(params) > 0
     for name, value in {
       "_PROMPT": ["a"],
       "_PROMPTS": None,
@@ -188,13 +190,13 @@ def test_every_field_is_read_by_something(module, variant, tmp_path, monkeypatch
       "_NUM_SAMPLES": 1,
       "_MAX_NEW_TOKENS": None,
       "_STOP": [],
-      "_SEED": 0,
     }.items():
-      monkeypatch.setattr(sample, name, Flag(value))
-    monkeypatch.setattr(sample.flags, "LAST", Flag(False))
+      monkeypatch.setattr(texts_lib, name, Flag(value))
+    monkeypatch.setattr(draws, "SEED", Flag(0))
+    monkeypatch.setattr(texts_lib.flags, "LAST", Flag(False))
     plain = decoding.Decoding(lambda settings: logits.chain(), {}, {})
-    asks = sample.asks_of(built, plain, 0)
-    assert len(list(sample.draw(built, params, asks, plain, lambda progress: None))) == 1
+    asks = texts_lib.asks_of(built, plain, 0)
+    assert len(list(texts_lib.draw(built, params, asks, plain, lambda progress: None))) == 1
     expected -= {"tokenizer.path"}  # read where the tokenizer is a file: launch/bad_input_test.py
   assert expected - reads.found == set()
 
@@ -229,12 +231,12 @@ def test_training_and_sampling_lower_for(platform, variant):
   lowered = train_step.trace(key, state, batch).lower(lowering_platforms=(platform,))
   assert "stablehlo.dot_general" in lowered.as_text()
 
-  prompts = experiment.decode.Prompts(
+  prompts = language.decode.Prompts(
     jax.ShapeDtypeStruct((4, 8), np.int32), jax.ShapeDtypeStruct((4,), np.int32)
   )
   keys = jax.eval_shape(lambda: jax.random.split(jax.random.key(0), 4))
-  params = jax.eval_shape(experiment.transformer.unstack, state.params)
-  draw = experiment.sampler(built, max_new_tokens=c.evaluation.max_new_tokens)
+  params = jax.eval_shape(language.finished, state.params)
+  draw = language.sampler(built, max_new_tokens=c.evaluation.max_new_tokens)
   number = jax.ShapeDtypeStruct((), jnp.float32)
   lowered = draw.trace(params, number, keys, prompts).lower(lowering_platforms=(platform,))
   assert "stablehlo.while" in lowered.as_text()

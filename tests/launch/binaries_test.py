@@ -9,7 +9,7 @@ import jax
 import numpy as np
 import pytest
 
-from ancestral.launch import evaluate, experiment, quickstart, report, sample, train
+from ancestral.launch import evaluate, experiment, fields, quickstart, report, sample, train
 from ancestral.training import checkpoint, metrics
 
 
@@ -114,7 +114,7 @@ def test_the_average_is_evaluated_unless_the_last_is_asked_for(command, trained,
   np.testing.assert_array_equal(last["embedding"], restored["params"])
   assert not np.array_equal(average["embedding"], last["embedding"])
   # What was saved decides, not the configuration that evaluation happens to be given.
-  config = experiment.ml_collections.ConfigDict(saved(trained))
+  config = fields.Config(saved(trained))
   config.train.average_decay = 0.0
   again = experiment.restore_params(config.lock(), trained)[1]
   np.testing.assert_array_equal(again["embedding"], average["embedding"])

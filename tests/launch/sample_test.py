@@ -6,6 +6,7 @@ import sys
 
 import numpy as np
 import pytest
+from absl import flags as absl_flags
 
 from ancestral.launch import sample
 from ancestral.sampling import serve
@@ -136,3 +137,10 @@ def test_an_interrupted_command_keeps_what_is_done_and_resumes(
   assert draw(*asked, "--resume") == whole
   assert path.read_bytes().startswith(kept[: kept.rindex(b"\n") + 1])
   assert draw(*asked, "--resume") == whole  # nothing is left to do
+
+
+def test_help_has_what_texts_say_and_their_flags():
+  found = {flag.name for flag in absl_flags.FLAGS.get_key_flags_for_module(sample.__name__)}
+  assert found >= {"prompt", "prompts", "num_problems", "seed", "output", "resume"}
+  assert "launch.sample --workdir=" in sample.__doc__
+  assert "Prompts are continued as they are" in sample.__doc__

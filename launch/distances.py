@@ -1,0 +1,147 @@
+"""Distances between the images (or points) of a diffusion model and real ones, and their floor.
+
+  python -m ancestral.launch.evaluate --workdir=runs/digits --evaluations=10
+
+Images are compared by the features of a small classifier of the same data. It is trained when there
+is none yet, in --classifier (by default WORKDIR/classifier), as configs/image_classifier.py says,
+and named by a hash of its weights: distances by one classifier compare with one another alone. The
+floor is the same distance between two halves of the real images; all sets have as many. Features are
+in units of their root mean square over the training images.
+"""
+
+import pathlib
+from collections.abc import Mapping
+from typing import Any, NamedTuple
+
+import jax
+import numpy as np
+import rich.console
+import rich.table
+from absl import flags as absl_flags
+
+from ..configs import image_classifier
+from ..evaluation import distances
+from . import classifiers, fields, images, pixels, solving, train
+from . import experiment as experiment_lib
+
+_CLASSIFIER = absl_flags.DEFINE_string(
+  "classifier", None, "Workdir of the classifier whose features are compared."
+)
+FLAGS = (_CLASSIFIER, *solving.FLAGS)
+
+
+class Features(NamedTuple):
+  """What images are compared by."""
+
+  classifier: classifiers.classifier_lib.Classifier | None  # None compares coordinates themselves
+  params: Any
+  name: str  # a hash of the weights
+  scale: float = 1.0  # root mean square of the features of training examples
+
+  def __call__(self, x: np.ndarray) -> tuple[np.ndarray, np.ndarray | None]:
+    """Features [N, F] of x [N, ...], and the classes found [N]."""
+    if self.classifier is None:
+      return x.reshape(len(x), -1), None
+    vectors, found = classifiers.features(self.classifier, self.params, x)
+    return vectors / self.scale, found
+
+
+def features_of(config: fields.Config, examples: pixels.Examples, workdir: str) -> Features:
+  """The classifier in `workdir`, trained there on the data of `config` if there is none."""
+  if examples.num_classes is None:
+    return Features(None, None, "coordinates")
+  if not (pathlib.Path(workdir) / "checkpoints").is_dir():
+    made = image_classifier.get_config()
+    with made.unlocked():
+      made.data = config.data.copy_and_resolve_references()
+    train.train(train.open_run(made, workdir))
+  experiment, params, _ = experiment_lib.restore_params(None, workdir)
+  raw = Features(experiment.classifier, params, classifiers.name(params))
+  vectors, _ = raw(examples.train)
+  return raw._replace(scale=float(np.sqrt(np.mean(np.square(vectors)))))
+
+
+def measured(real: np.ndarray, other: np.ndarray) -> dict[str, float]:
+  """Every distance between features [N, F] of real images and of others."""
+  precision, recall = distances.precision_recall(real, other)
+  return {
+    "frechet": float(distances.frechet(real, other)),
+    "kernel": float(distances.kernel_distance(real, other)),
+    "mmd": float(distances.mmd(real, other)),
+    "sliced_wasserstein": float(distances.sliced_wasserstein(jax.random.key(0), real, other)),
+    "precision": float(precision),
+    "recall": float(recall),
+  }
+
+
+class Halves(NamedTuple):
+  """Two disjoint sets of real examples with as many of each class."""
+
+  first: np.ndarray  # [n, ...]
+  second: np.ndarray  # [n, ...]
+  labels: np.ndarray  # [n], of both
+
+
+def halves(examples: pixels.Examples, most: int) -> Halves:
+  """Halves of the training examples, drawn once and for all, of at most `most` each.
+
+  Samples are asked for with the labels of a half, so the floor may not owe anything to classes that
+  are more frequent in one half than in the other.
+  """
+  rng = np.random.default_rng(0)
+  pairs = []
+  for label in np.unique(examples.train_labels):
+    members = rng.permutation(np.flatnonzero(examples.train_labels == label))
+    pairs.append(members[: len(members) // 2 * 2].reshape(-1, 2))
+  first, second = rng.permutation(np.concatenate(pairs))[:most].T
+  return Halves(examples.train[first], examples.train[second], examples.train_labels[first])
+
+
+def table(samples: Mapping[str, float], floor: Mapping[str, float], title: str):
+  """The distances, and the floor beside."""
+  made = rich.table.Table("", "samples", "floor", title=title)
+  for name, value in samples.items():
+    made.add_row(name, f"{value:.4g}", f"{floor[name]:.4g}" if name in floor else "")
+  return made
+
+
+def evaluate(
+  experiment: images.Experiment, params: Any, workdir: str, console: rich.console.Console
+) -> dict[str, Any]:
+  """Distances of samples to real examples: printed, and as JSON.
+
+  Args:
+    experiment: whose examples.
+    params: finished.
+    workdir: of the run; the classifier is below it unless --classifier says otherwise.
+    console: where the table goes.
+  """
+  chosen = solving.chosen(experiment.config)
+  made = solving.table(experiment.noising, chosen)
+  folder = _CLASSIFIER.value or f"{workdir}/classifier"
+  features = features_of(experiment.config, experiment.examples, folder)
+  real = halves(experiment.examples, chosen.num_images)
+  x = images.draw(
+    images.sampler(experiment, guidance_scale=chosen.guidance),
+    params,
+    made,
+    jax.random.key(experiment.config.seed),
+    real.labels,
+    chunk=chosen.batch_size,
+  )
+  (vectors, _), (others, _), (drawn, found) = map(features, (real.first, real.second, x))
+  result, floor = measured(vectors, drawn), measured(vectors, others)
+  if found is not None:
+    result["class_found"] = float(np.mean(found == real.labels))
+    _, found = features(real.first)
+    floor["class_found"] = float(np.mean(found == real.labels))
+  title = f"{len(x)} samples of {made.num_rows} evaluations; features of {features.name}"
+  console.print(table(result, floor, title))
+  return {
+    "classifier": features.name,
+    "num_images": len(x),
+    "solver": chosen.solver,
+    "evaluations": made.num_rows,
+    "distances": result,
+    "floor": floor,
+  }

@@ -1,0 +1,24 @@
+"""Flags that samples of every kind have: the seed of the draws, and the file they go to."""
+
+import pathlib
+
+from absl import flags
+
+SEED = flags.DEFINE_integer("seed", 0, "Of the draws.")
+OUTPUT = flags.DEFINE_string(
+  "output", None, "File for the samples: JSONL of texts; PNG, or NPZ, of images."
+)
+
+
+def output() -> pathlib.Path | None:
+  """The file that --output names; None is the screen.
+
+  Raises:
+    FileNotFoundError: its directory is not there.
+  """
+  if not OUTPUT.value:
+    return None
+  path = pathlib.Path(OUTPUT.value)
+  if not path.parent.is_dir():
+    raise FileNotFoundError(f"--output={path}: there is no such directory, make it.")
+  return path

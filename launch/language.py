@@ -1,0 +1,274 @@
+"""Language models: from a configuration to the objects it names, and what is measured of them."""
+
+import functools
+from collections.abc import Callable
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+import optax
+
+from ..evaluation import attempts
+from ..models import base as models
+from ..models import transformer
+from ..sampling import decode, logits
+from ..tasks import arithmetic, expressions
+from ..tasks import base as tasks
+from ..tasks import tokenizer as tokenizers
+from ..training import data, likelihood, step
+from ..training import state as state_lib
+from . import fields, held_out
+
+
+class Experiment(NamedTuple):
+  """What a configuration stands for."""
+
+  config: fields.Config
+  task: tasks.Task | None  # None where the data are text
+  tokenizer: tokenizers.Tokenizer
+  model_config: transformer.TransformerConfig
+  model: models.LanguageModel
+  source: data.Source  # examples to train on
+  held_out: data.Source
+  rows: data.Rows
+  loss_fn: step.LossFn
+  schedule: optax.Schedule
+  optimizer: optax.GradientTransformation
+  averaging: state_lib.Averaging
+  init_params: Callable[[jax.Array], models.Params]  # of a key
+  score: Callable[[models.Params], dict[str, float]] | None  # `scores`, of the rest
+
+
+def _arithmetic(operation: Callable, config: fields.Config) -> tasks.Task:
+  style = fields.choose("task.style", config.style, arithmetic.FORMATS)
+  return operation(style=style, levels=config.levels)
+
+
+def _expressions(config: fields.Config) -> tasks.Task:
+  styles = {"derivation": expressions.derivation, "value": expressions.value}
+  return expressions.expressions(
+    style=fields.choose("task.style", config.style, styles), levels=config.levels
+  )
+
+
+TASKS = {
+  name: functools.partial(_arithmetic, operation)
+  for name, operation in arithmetic.OPERATIONS.items()
+} | {"expressions": _expressions}
+
+TOKENIZERS = {
+  "bytes": lambda config: tokenizers.bytes_level(),
+  "file": lambda config: tokenizers.from_file(fields.existing_path("tokenizer.path", config.path)),
+}
+
+# A source of records, and its fields that are read: a text, or a prompt and an answer.
+RECORDS = {
+  "text": lambda c: data.text_source(c.folder, c.pattern),
+  "jsonl": lambda c: data.jsonl_source(fields.existing_path("data.path", c.path), c.fields),
+  "tfds": lambda c: data.tfds_source(c.name, c.split, c.data_dir or None),
+}
+
+ROWS = {"pad": data.pad, "first_fit": data.first_fit, "concatenate": data.concatenate}
+
+# What evaluation may change: all but the network, the tokenizer and the task itself.
+FREE_TO_EVALUATE = ("seed", "data", "optimizer", "loss", "train", "evaluation", "task.levels")
+
+
+def task_of(config: fields.Config) -> tasks.Task | None:
+  """The task that the configuration names, over all of its problems."""
+  if "task" not in config:
+    return None
+  return fields.choose("task.name", config.task.name, TASKS)(config.task)
+
+
+def _sources(
+  config: fields.Config, task: tasks.Task | None, tokenizer
+) -> tuple[data.Source, data.Source]:
+  """Examples to train on, and held-out ones."""
+  if task is not None:
+    fields.choose("data.source", config.data.source, {"task": None})
+    sides = (
+      tasks.restrict(task, side, test_percent=config.task.test_percent)
+      for side in ("train", "test")
+    )
+    return tuple(data.task_source(side, config.seed) for side in sides)
+  records = fields.choose("data.source", config.data.source, RECORDS)(config.data)
+  examples = data.tokenize(records, tokenizer, config.data.fields)
+  return tuple(
+    data.side(examples, side, test_percent=config.data.test_percent) for side in ("train", "test")
+  )
+
+
+def _check(config: fields.Config) -> None:
+  """Raises at the first number that its field cannot mean."""
+  row_length = config.data.row_length
+  temperature = config.evaluation.get("temperature", 1.0)
+  fields.require(row_length >= 1, f"data.row_length is {row_length}; it is at least 1")
+  fields.check(config, ("model", "loss", "train", "evaluation"))
+  fields.choose("model.dtype", config.model.dtype, fields.DTYPES)
+  fields.require(temperature >= 0, f"evaluation.temperature is {temperature}; it is at least 0")
+
+
+def build(config: fields.Config) -> Experiment:
+  """All that the configuration names.
+
+  Raises:
+    ValueError, FileNotFoundError: in one line, what in it is wrong, and what would be right; also
+      where held-out problems or their answers do not fit.
+  """
+  _check(config)
+  task = task_of(config)
+  tokenizer = (
+    task.tokenizer
+    if task is not None
+    else fields.choose("tokenizer.name", config.tokenizer.name, TOKENIZERS)(config.tokenizer)
+  )
+  model_config = transformer.TransformerConfig(
+    vocab_size=tokenizer.vocab_size,
+    max_length=config.data.row_length + 1,  # and the last target
+    **config.model,
+  )
+  model = transformer.transformer(model_config)
+  source, held_out = _sources(config, task, tokenizer)
+  rows = fields.choose("data.rows", config.data.rows, ROWS)(config.data.row_length, tokenizer.pad)
+  schedule, optimizer = fields.optimizer_of(config)
+  experiment = Experiment(
+    config,
+    task,
+    tokenizer,
+    model_config,
+    model,
+    source,
+    held_out,
+    rows,
+    likelihood.next_token(model, **config.loss),
+    schedule,
+    optimizer,
+    fields.averaging_of(config),
+    lambda key: model.init(key, jnp.zeros((1, 1), jnp.int32)),
+    score=None,
+  )
+  return experiment._replace(score=scores(experiment))
+
+
+def finished(params: models.Params) -> models.Params:
+  """Trained parameters as decoding reads them: unstacked, a layer at a time."""
+  return transformer.unstack(params)
+
+
+def check_new_tokens(experiment: Experiment, max_new_tokens: int) -> None:
+  """Raises where that many drawn tokens leave no room for a prompt."""
+  max_length = experiment.model_config.max_length
+  if max_new_tokens >= max_length:
+    raise ValueError(
+      f"max_new_tokens={max_new_tokens} leaves no room for a prompt in a sequence "
+      f"of {max_length} tokens (config.data.row_length): lower it."
+    )
+
+
+def sampler(experiment: Experiment, *, max_new_tokens: int):
+  """A jitted (params, temperature, keys, prompts) -> Samples.
+
+  Args:
+    experiment: whose model and end-of-sequence token.
+    max_new_tokens: the most drawn.
+
+  Raises:
+    ValueError: that many tokens leave no room for a prompt.
+  """
+  check_new_tokens(experiment, max_new_tokens)
+
+  @jax.jit
+  def sample(params, temperature, keys, prompts):
+    return decode.generate(
+      experiment.model,
+      params,
+      keys,
+      prompts,
+      max_new_tokens=max_new_tokens,
+      transform=logits.temperature(temperature),
+      stop=(experiment.tokenizer.eos,),
+    )
+
+  return sample
+
+
+def held_out_problems(experiment: Experiment, count: int) -> list[tasks.Problem]:
+  """Up to `count` distinct held-out problems of each level: small levels do not have so many."""
+  found = []
+  for level in experiment.config.task.levels:
+    config = experiment.config.task.copy_and_resolve_references()
+    config.levels = (level,)
+    side = tasks.restrict(
+      fields.choose("task.name", config.name, TASKS)(config),
+      "test",
+      test_percent=config.test_percent,
+    )
+    drawn = tasks.problems(side, experiment.config.seed + 1, 10 * count)
+    found += list({problem.metadata["key"]: problem for problem in drawn}.values())[:count]
+  return found
+
+
+def _check_room(experiment: Experiment, problems: list[tasks.Problem]) -> None:
+  """Raises where a problem does not fit a row, or its answer what may be drawn."""
+  row_length = experiment.config.data.row_length
+  max_new_tokens = experiment.config.evaluation.max_new_tokens
+  encode = experiment.tokenizer.encode
+  answer = max(len(encode(problem.answer)) + 1 for problem in problems)  # and the end
+  prompt = max(len(encode(problem.prompt)) for problem in problems)
+  needed = prompt + max(answer, max_new_tokens)  # the beginning, but not the last token
+  if answer > max_new_tokens or needed > row_length:
+    raise ValueError(
+      f"Prompts take up to {prompt} tokens and answers {answer}, but config.evaluation."
+      f"max_new_tokens is {max_new_tokens} and config.data.row_length is {row_length}: raise "
+      f"them to {max(answer, max_new_tokens)} and {needed} at least."
+    )
+
+
+def verified(experiment: Experiment, *, num_samples: int):
+  """A function of (params, key): `num_samples` answers to each held-out problem, as Attempts.
+
+  Raises:
+    ValueError: the problems or their answers do not fit.
+  """
+  c = experiment.config.evaluation
+  problems = held_out_problems(experiment, c.num_problems)
+  _check_room(experiment, problems)
+  sample = sampler(experiment, max_new_tokens=c.max_new_tokens)
+
+  def attempt(params, key):
+    return attempts.attempt(
+      functools.partial(sample, params, c.temperature),
+      experiment.task,
+      problems,
+      key,
+      num_samples=num_samples,
+      batch_size=c.batch_size,
+      max_length=experiment.model_config.max_length,
+      max_new_tokens=c.max_new_tokens,
+    )
+
+  return attempt
+
+
+def scores(experiment: Experiment) -> Callable[[models.Params], dict[str, float]]:
+  """What is measured now and then while training: a function of the parameters.
+
+  For a task, the share of right answers to held-out problems, one sample each, over all and by
+  level; for text, the held-out loss.
+
+  Raises:
+    ValueError: the problems or their answers do not fit.
+  """
+  if experiment.task is None:
+    loss = held_out.mean_loss(experiment)
+    return lambda params: {"held_out_loss": loss(params)}
+  attempt = verified(experiment, num_samples=1)
+
+  def score(params):
+    made = attempt(params, jax.random.key(experiment.config.seed))
+    rows = attempts.summarise(made)["pass@1"]
+    mean = sum(row.mean * row.count for row in rows) / sum(row.count for row in rows)
+    return {"pass@1": mean, **{f"pass@1/level_{row.level}": row.mean for row in rows}}
+
+  return score
