@@ -5,8 +5,8 @@
 Images are compared by the features of a small classifier of the same data. It is trained when there
 is none yet, in --classifier (by default WORKDIR/classifier), as configs/image_classifier.py says,
 and named by a hash of its weights: distances by one classifier compare with one another alone. The
-floor is the same distance between two halves of the real images; all sets have as many. Features are
-in units of their root mean square over the training images.
+floor is the same distance between two halves of the real images; all sets have as many. Features
+are in units of their root mean square over the training images.
 """
 
 import pathlib
@@ -24,10 +24,10 @@ from ..evaluation import distances
 from . import classifiers, fields, images, pixels, solving, train
 from . import experiment as experiment_lib
 
-_CLASSIFIER = absl_flags.DEFINE_string(
+CLASSIFIER = absl_flags.DEFINE_string(
   "classifier", None, "Workdir of the classifier whose features are compared."
 )
-FLAGS = (_CLASSIFIER, *solving.FLAGS)
+FLAGS = (CLASSIFIER, *solving.FLAGS)
 
 
 class Features(NamedTuple):
@@ -97,11 +97,12 @@ def halves(examples: pixels.Examples, most: int) -> Halves:
   return Halves(examples.train[first], examples.train[second], examples.train_labels[first])
 
 
-def table(samples: Mapping[str, float], floor: Mapping[str, float], title: str):
-  """The distances, and the floor beside."""
-  made = rich.table.Table("", "samples", "floor", title=title)
-  for name, value in samples.items():
-    made.add_row(name, f"{value:.4g}", f"{floor[name]:.4g}" if name in floor else "")
+def table(found: Mapping[str, Mapping[str, float]], title: str) -> rich.table.Table:
+  """Distances of several sets, a column each."""
+  made = rich.table.Table("", *found, title=title)
+  first, *_ = found.values()
+  for name in first:
+    made.add_row(name, *(f"{values[name]:.4g}" for values in found.values()))
   return made
 
 
@@ -118,7 +119,7 @@ def evaluate(
   """
   chosen = solving.chosen(experiment.config)
   made = solving.table(experiment.noising, chosen)
-  folder = _CLASSIFIER.value or f"{workdir}/classifier"
+  folder = CLASSIFIER.value or f"{workdir}/classifier"
   features = features_of(experiment.config, experiment.examples, folder)
   real = halves(experiment.examples, chosen.num_images)
   x = images.draw(
@@ -136,7 +137,7 @@ def evaluate(
     _, found = features(real.first)
     floor["class_found"] = float(np.mean(found == real.labels))
   title = f"{len(x)} samples of {made.num_rows} evaluations; features of {features.name}"
-  console.print(table(result, floor, title))
+  console.print(table({"samples": result, "floor": floor}, title))
   return {
     "classifier": features.name,
     "num_images": len(x),

@@ -28,29 +28,48 @@ def figure(plot: Any) -> str:
   return f'<img alt="curves" src="data:image/png;base64,{data}">'
 
 
+def picture(image: Any, alt: str) -> str:
+  """A Pillow image as an <img> that holds its own data."""
+  buffer = io.BytesIO()
+  image.save(buffer, format="PNG")
+  data = base64.b64encode(buffer.getvalue()).decode()
+  return f'<img alt="{html.escape(alt)}" src="data:image/png;base64,{data}">'
+
+
+# What a run measures of what is held out: the first of these that it has, and what it is called.
+_HELD_OUT = {
+  "pass@1": "Right answers to held-out problems",
+  "accuracy": "Accuracy on held-out examples",
+  "held_out_loss": "Loss of held-out examples",
+}
+
+
 def curves(workdir: str | pathlib.Path) -> Any:
-  """Loss and accuracy by step, from the run's metrics.jsonl, as a matplotlib figure."""
+  """Loss, and what is held out, by step: from metrics.jsonl, as a matplotlib figure."""
   from matplotlib import figure as figures  # an extra; no global state, so no pyplot
 
   records = metrics.read_jsonl(pathlib.Path(workdir) / "metrics.jsonl")
   made = figures.Figure(figsize=(10, 3.5))
-  loss, right = made.subplots(1, 2)
+  loss, held_out = made.subplots(1, 2)
+  measured = next((name for name in _HELD_OUT if _names(records, name)), "pass@1")
   for axes, names, title in [
-    (loss, ["loss"], "Training loss (nats per token)"),
-    (right, _names(records, "pass@1"), "Right answers to held-out problems"),
+    (loss, ["loss"], "Training loss"),
+    (held_out, _names(records, measured), _HELD_OUT[measured]),
   ]:
     for name in names:
       points = [(record["step"], record[name]) for record in records if name in record]
       axes.plot(
         *zip(*points, strict=True),
-        label="all" if name == "pass@1" else name.replace("pass@1/level_", "level "),
+        label="all" if name == measured else name.replace(f"{measured}/level_", "level "),
         marker="" if name == "loss" else ".",
       )
     axes.set_title(title)
     axes.set_xlabel("step")
     axes.grid(alpha=0.3)
-  right.set_ylim(-0.02, 1.02)
-  right.legend()
+  if measured != "held_out_loss":
+    held_out.set_ylim(-0.02, 1.02)
+  if len(_names(records, measured)) > 1:
+    held_out.legend()
   return made
 
 
@@ -76,6 +95,13 @@ def scores(columns: Mapping[str, Sequence[coverage.Row]]) -> str:
     for cells in zip(*columns.values(), strict=True)
   ]
   return _table(["level", "problems", *columns], rows)
+
+
+def columns(found: Mapping[str, Mapping[str, float]]) -> str:
+  """Numbers by name, of several things: a column each."""
+  first, *_ = found.values()
+  rows = [[name, *(f"{values[name]:.4g}" for values in found.values())] for name in first]
+  return _table(["", *found], rows)
 
 
 def answers(attempts: Sequence[dict[str, Any]], most: int = 30) -> str:

@@ -3,7 +3,9 @@
 import functools
 import pathlib
 from collections.abc import Callable, Sequence
+from typing import Any
 
+import ml_collections
 import numpy as np
 from absl import flags
 
@@ -79,17 +81,21 @@ def chosen(config: fields.Config) -> fields.Config:
   return made
 
 
-def table(schedule: schedules.Schedule, config: fields.Config) -> tables.SolverTable:
+def table(
+  schedule: schedules.Schedule, config: fields.Config, **instead: Any
+) -> tables.SolverTable:
   """The table of a solver by name on a grid by name, of as many evaluations as it may have.
 
   Args:
     schedule: of the model.
     config: with `solver` (or a JSON file of a table), `grid`, `evaluations`, and the noise ratios
       `noisiest` and `cleanest` between which the grid lies; its last step goes to no noise.
+    instead: of fields of config.
 
   Raises:
     ValueError: there is none of that name, or none of so few evaluations.
   """
+  config = ml_collections.ConfigDict({**config, **instead})
   if config.solver.endswith(".json"):
     return tables.from_json(pathlib.Path(config.solver).read_text())
   solver = fields.choose("evaluation.solver", config.solver, SOLVERS)

@@ -131,7 +131,7 @@ def denoising(
   drop_condition: float = 0.0,
   log_variance: Callable[[models.Params, jax.Array], jax.Array] | None = None,
 ) -> step.LossFn:
-  """The loss of a denoiser at random times, [B]; an example's weight is 1.
+  """The loss of a denoiser at random times, [B]; an example's weight is 1, or 0 below its noise.
 
   The batch has `x` [B, ...], and where the network takes them `label` [B], `text` [B, T, E],
   `text_mask` [B, T]. With `noise` [B], an example is x_0 + noise z and not x_0: `ambient`.
@@ -166,10 +166,11 @@ def denoising(
     losses = ambient(
       denoised, clean, x, weighting(alpha, sigma), alpha=alpha, sigma=sigma, data_noise=held
     )
+    seen = sigma > alpha * held
     if log_variance is not None:
-      losses = uncertain(losses, log_variance(params, t))
-    error = squared_error(denoised, clean, jnp.ones(t.shape))
-    return (losses, jnp.ones(t.shape)), {"error": error}
+      losses = jnp.where(seen, uncertain(losses, log_variance(params, t)), 0)
+    error = squared_error(denoised, clean, seen.astype(jnp.float32))
+    return (losses, seen.astype(jnp.float32)), {"error": error}
 
   return loss
 

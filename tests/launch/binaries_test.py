@@ -9,6 +9,7 @@ import jax
 import numpy as np
 import pytest
 
+from ancestral.configs import image_classifier
 from ancestral.launch import evaluate, experiment, fields, quickstart, report, sample, train
 from ancestral.training import checkpoint, metrics
 
@@ -218,15 +219,22 @@ class Page(html.parser.HTMLParser):
 
 
 def test_the_quickstart_ends_in_a_self_contained_report(command, tmp_path, monkeypatch):
-  made = quickstart.config  # smaller evaluation than the quickstart's own
+  made = quickstart.configs  # smaller evaluation than the quickstart's own
 
   def smaller():
-    config = made()
-    with config.unlocked():
-      config.evaluation.update(num_problems=4, num_samples=2, batch_size=24)
-    return config
+    sums, digits = made()
+    with sums.unlocked(), digits.unlocked():
+      sums.evaluation.update(num_problems=4, num_samples=2, batch_size=24)
+      digits.evaluation.update(num_images=20, batch_size=20)
+      digits.model.update(num_layers=1, width=16)
+    return sums, digits
 
-  monkeypatch.setattr(quickstart, "config", smaller)
+  monkeypatch.setattr(quickstart, "configs", smaller)
+  monkeypatch.setattr(quickstart, "SAMPLERS", (("dpmpp_2m", 2), ("ddim", 3)))
+  classifier = image_classifier.get_config()
+  with classifier.unlocked():
+    classifier.train.update(num_steps=10, batch_size=16)
+  monkeypatch.setattr(image_classifier, "get_config", lambda: classifier)
   outcome = command(quickstart, f"--workdir={tmp_path}", "--num_steps=6")
   assert outcome.status == 0 and str(tmp_path / "report.html") in outcome.out
   assert "pass@1" in outcome.out and "majority@2" in outcome.out
@@ -235,8 +243,10 @@ def test_the_quickstart_ends_in_a_self_contained_report(command, tmp_path, monke
   assert "http:" not in text and "https:" not in text and "url(" not in text
   assert {tag for tag, _ in page.tags} >= {"table", "img", "style", "h1", "h2"}
   assert not {"script", "link", "iframe"} & {tag for tag, _ in page.tags}
-  (image,) = (attributes for tag, attributes in page.tags if tag == "img")
-  assert image["src"].startswith("data:image/png;base64,iVBOR")
+  images = [attributes for tag, attributes in page.tags if tag == "img"]
+  assert len(images) == 5  # two pairs of curves; digits that are real, and of two solvers
+  assert all(image["src"].startswith("data:image/png;base64,iVBOR") for image in images)
+  assert "dpmpp_2m, 2 evaluations" in page.text and "frechet" in page.text
   result = json.loads((tmp_path / "evaluation.json").read_text())
   for rows in result["table"].values():
     for row in rows:
