@@ -7,16 +7,16 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
-from absl import flags
+from absl import flags, logging
 
 from ancestral.evaluation import distances
 from ancestral.launch import distances as launch_distances
 from ancestral.launch import experiment as experiment_lib
+from ancestral.launch import flags as launch_flags
 from ancestral.launch import images, solving
 from ancestral.sampling import solvers, tables
 
 _RUN = flags.DEFINE_string("run", None, "Workdir of `launch.train --seeds`.")
-_SEEDS = flags.DEFINE_list("seeds", "0,1,2", "Its seeds.")
 _NUM_IMAGES = flags.DEFINE_integer("num_images", 5000, "Samples, at most half of the real images.")
 
 
@@ -30,9 +30,10 @@ class Run(NamedTuple):
 
 
 def load() -> list[Run]:
-  """The run of each of --seeds in --run; a classifier is trained where there is none."""
+  """The run of each of --seeds (0,1,2) in --run; a classifier is trained where there is none."""
+  logging.set_verbosity(logging.WARNING)
   runs, classifier = [], launch_distances.CLASSIFIER.value or f"{_RUN.value}/classifier"
-  for seed in _SEEDS.value:
+  for seed in launch_flags.SEEDS.value or ("0", "1", "2"):
     workdir = f"{_RUN.value}/seed={seed}"
     experiment, params, _ = experiment_lib.restore_params(None, workdir)
     examples = experiment.examples
@@ -52,14 +53,14 @@ def frechet(run: Run, samples: np.ndarray) -> float:
   return distances.frechet(run.features(run.real.first)[0], run.features(samples)[0])
 
 
-def table(run: Run, solver: str, evaluations: int, grid: str = "karras") -> tables.SolverTable:
+def table(run: Run, solver: str, evaluations: int, **instead: Any) -> tables.SolverTable:
   """The solver's table for so many evaluations, as `launch.sample` would make it."""
   return solving.table(
     run.experiment.noising,
     run.experiment.config.evaluation,
     solver=solver,
     evaluations=evaluations,
-    grid=grid,
+    **instead,
   )
 
 

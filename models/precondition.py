@@ -145,6 +145,24 @@ def predictor(
   return predict
 
 
+def converted(
+  denoise: base.Denoiser, schedule: schedules.Schedule, other: schedules.Schedule
+) -> base.Denoiser:
+  """E[x_0 | x_t] for x_t of another schedule than the one that `denoise` knows.
+
+  D depends on x_t / alpha and sigma / alpha alone, so x_t of `other` is scaled to the time of
+  `schedule` with the same ratio. Where alpha of either is 0 it is NaN.
+  """
+
+  def convert(x, t):
+    alpha, _ = coefficients(other, x, t)
+    same = schedule.time(schedules.half_log_snr(other, jnp.asarray(t, jnp.float32)))
+    own, _ = coefficients(schedule, x, same)
+    return denoise(own / alpha * x, same)
+
+  return convert
+
+
 def scaled(
   network: Callable[[jax.Array, jax.Array], jax.Array],
   schedule: schedules.Schedule,
