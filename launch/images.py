@@ -102,9 +102,9 @@ def build(config: fields.Config) -> Experiment:
   noising = fields.choose("diffusion.path", c.path, NOISINGS)()
   head = fields.choose("diffusion.head", c.head, HEADS)(c.sigma_data)
   network_config = _network_config(config, examples)
-  model = of_network(MAKE[type(network_config)](network_config), noising, head, c.sigma_data)
-  noise_level = precondition.noise_level(noising)
-  level = embeddings.level_function()
+  network = MAKE[type(network_config)](network_config)
+  model = of_network(network, noising, head, c.sigma_data)
+  noisy = {"clean_share": c.clean_share, "noise": c.data_noise}
   schedule, optimizer = fields.optimizer_of(config)
   experiment = Experiment(
     config,
@@ -112,31 +112,44 @@ def build(config: fields.Config) -> Experiment:
     noising,
     model,
     network_config,
-    pixels.source(
-      examples.train, examples.train_labels, clean_share=c.clean_share, noise=c.data_noise
-    ),
+    pixels.source(examples.train, examples.train_labels, **noisy),
     pixels.source(examples.test, examples.test_labels),
     lambda dataset: dataset,
-    denoising.denoising(
-      model,
-      noising,
-      fields.choose("diffusion.weighting", c.weighting, WEIGHTINGS)(c.sigma_data),
-      fields.choose("diffusion.times", c.times, TIMES)(noising),
-      quantiles=fields.choose("diffusion.quantiles", c.quantiles, QUANTILES),
-      num_classes=network_config.num_classes,
-      drop_condition=c.drop_condition,
-      log_variance=(lambda params, t: level.apply(params["level"], None, noise_level(t)))
-      if c.learned_weighting
-      else None,
-    ),
+    _loss(c, model, noising, examples.num_classes),
     schedule,
     optimizer,
     fields.averaging_of(config),
-    functools.partial(_init, network_config, level if c.learned_weighting else None, examples),
+    functools.partial(_init, network, c.learned_weighting, examples),
     score=None,
   )
   loss = held_out.mean_loss(experiment)
   return experiment._replace(score=lambda params: {"held_out_loss": loss(params)})
+
+
+# Of the learned weighting.
+_LEVEL = embeddings.level_function()
+
+
+def _loss(c, model, noising, num_classes):
+  """The loss that `config.diffusion` describes."""
+  level = precondition.noise_level(noising)
+  learned = lambda params, t: _LEVEL.apply(params["level"], None, level(t))
+  return denoising.denoising(
+    model,
+    noising,
+    fields.choose("diffusion.weighting", c.weighting, WEIGHTINGS)(c.sigma_data),
+    fields.choose("diffusion.times", c.times, TIMES)(noising),
+    quantiles=fields.choose("diffusion.quantiles", c.quantiles, QUANTILES),
+    num_classes=num_classes,
+    drop_condition=c.drop_condition,
+    log_variance=learned if c.learned_weighting else None,
+  )
+
+
+def _init(network, learned_weighting, examples, key):
+  x = jnp.zeros((1, *examples.train.shape[1:]))
+  params = {"network": network.init(key, x)}
+  return {**params, "level": _LEVEL.init(key, None)} if learned_weighting else params
 
 
 def _check(config: fields.Config) -> None:
@@ -163,12 +176,6 @@ def _network_config(config, examples):
     )
   chosen = {name: value for name, value in config.model.items() if name != "network"}
   return kind(**shape, num_classes=examples.num_classes, **chosen)
-
-
-def _init(network_config, level, examples, key):
-  x = jnp.zeros((1, *examples.train.shape[1:]))
-  params = {"network": MAKE[type(network_config)](network_config).init(key, x)}
-  return params if level is None else {**params, "level": level.init(key, None)}
 
 
 def of_network(

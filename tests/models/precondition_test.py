@@ -218,3 +218,37 @@ def test_half_precision_inputs_keep_their_times():
   )
   out = denoise(jnp.ones((1, 2), jnp.bfloat16), jnp.float32(0.997))
   np.testing.assert_allclose(np.float32(out), 1 / 0.003, rtol=1e-2)
+
+
+@pytest.mark.parametrize("source, target", [(0, 2), (1, 0), (2, 1)])
+def test_a_converted_denoiser_is_the_exact_one_of_the_other_schedule(source, target):
+  own, other = (SCHEDULES[KINDS[i]] for i in (source, target))
+  mixture = toy.GaussianMixture(
+    jnp.array([0.3, 0.7]), jnp.array([[1.0, -1.0], [-0.5, 2.0]]), jnp.array([0.1, 0.4])
+  )
+  x = 2 * jax.random.normal(jax.random.key(0), (6, 2))
+  t = jnp.array([0.05, 0.2, 0.4, 0.6, 0.8, 0.95]) * min(other.max_time, 1.0)
+  denoise = precondition.converted(toy.mixture_denoiser(mixture, own), own, other)
+  expected = toy.mixture_denoiser(mixture, other)(x, t)
+  np.testing.assert_allclose(denoise(x, t), expected, atol=2e-5)
+
+
+def test_a_scaled_network_reads_unit_variance_and_a_level_of_the_noise_ratio():
+  seen = {}
+
+  def network(x, level):
+    seen.update(x=x, level=level)
+    return x
+
+  z = jax.random.normal(jax.random.key(0), (2, 50_000, 2))
+  for name in KINDS:
+    schedule = SCHEDULES[name]
+    t = jnp.asarray(schedule.time(-np.log(np.array([0.1, 3.0]))), jnp.float32)
+    alpha, sigma = schedule.alpha(t)[:, None], schedule.sigma(t)[:, None]
+    precondition.scaled(network, schedule, 0.7)(alpha * 0.7 * z[..., 0] + sigma * z[..., 1], t)
+    # 1 / sqrt(2 n) is the standard error of a standard deviation.
+    np.testing.assert_allclose(np.std(seen["x"], axis=1), 1, atol=4 / np.sqrt(1e5))
+    root = np.sqrt([0.1, 3.0])
+    np.testing.assert_allclose(seen["level"], 1000 * root / (1 + root), rtol=1e-4)
+  ends = precondition.noise_level(schedules.rectified_flow())(jnp.array([0.0, 1.0]))
+  np.testing.assert_array_equal(ends, [0, 1000])
