@@ -104,6 +104,8 @@ def build(config: fields.Config) -> Experiment:
   network_config = _network_config(config, examples)
   network = MAKE[type(network_config)](network_config)
   model = of_network(network, noising, head, c.sigma_data)
+  labels = examples.train_labels, examples.test_labels
+  labels = (None, None) if examples.num_classes is None else labels
   noisy = {"clean_share": c.clean_share, "noise": c.data_noise}
   schedule, optimizer = fields.optimizer_of(config)
   experiment = Experiment(
@@ -112,8 +114,8 @@ def build(config: fields.Config) -> Experiment:
     noising,
     model,
     network_config,
-    pixels.source(examples.train, examples.train_labels, **noisy),
-    pixels.source(examples.test, examples.test_labels),
+    pixels.source(examples.train, labels[0], **noisy),
+    pixels.source(examples.test, labels[1]),
     lambda dataset: dataset,
     _loss(c, model, noising, examples.num_classes),
     schedule,

@@ -80,24 +80,24 @@ def examples(config: fields.Config) -> Examples:
 
 
 def source(
-  values: np.ndarray, labels: np.ndarray, *, clean_share: float = 1.0, noise: float = 0.0
+  values: np.ndarray, labels: np.ndarray | None, *, clean_share: float = 1.0, noise: float = 0.0
 ) -> data.Source:
   """Examples of arrays [N, ...] and labels [N].
 
   Args:
     values: x.
-    labels: the classes.
+    labels: the classes, if there are.
     clean_share: of examples that are as they are; the others have noise added, once and for all.
     noise: its standard deviation.
   """
   noisy = np.random.default_rng(0).permutation(len(values)) >= round(clean_share * len(values))
 
   def item(index):
-    x, label = values[index], np.int32(labels[index])
+    x, label = values[index], {} if labels is None else {"label": np.int32(labels[index])}
     if clean_share == 1:
-      return {"x": x, "label": label}
+      return {"x": x, **label}
     level = np.float32(noise * noisy[index])
     drawn = np.random.default_rng((1, index)).normal(size=x.shape)
-    return {"x": x + level * drawn.astype(np.float32), "label": label, "noise": level}
+    return {"x": x + level * drawn.astype(np.float32), "noise": level, **label}
 
   return data.Source(len(values), item)

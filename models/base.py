@@ -77,9 +77,15 @@ class Condition(NamedTuple):
 
 
 def without(condition: Condition, num_classes: int | None, rows: jax.Array) -> Condition:
-  """The condition taken away from the rows [B] (bool) where `rows` is true."""
+  """The condition taken away from the rows [B] (bool) where `rows` is true.
+
+  Raises:
+    ValueError: there are labels and it is not said of how many classes.
+  """
   label, text, mask = condition
   if label is not None:
+    if num_classes is None:
+      raise ValueError("Labels are taken away by the class num_classes, which is None.")
     label = jnp.where(rows, num_classes, label)
   if text is not None:
     mask = jnp.ones(text.shape[:2], bool) if mask is None else mask

@@ -89,9 +89,16 @@ def unet(config: UNetConfig, *, skip_scale: jax.Array | np.ndarray | None = None
     skip_scale: [num_skips], by which each skip connection is multiplied, in the order in which they
       are made: the shallowest first. None is 1 for all. It may be traced.
 
+  Raises:
+    ValueError: the scales are not one for each skip connection.
+
   Reference: Dhariwal and Nichol 2021 (ADM), arXiv 2105.05233, section 3; Karras et al. 2022 (EDM),
     arXiv 2206.00364, appendix F.
   """
+  if skip_scale is not None and jnp.shape(skip_scale) != (config.num_skips,):
+    raise ValueError(
+      f"skip_scale {jnp.shape(skip_scale)}: the network has {config.num_skips} skip connections."
+    )
   module = _UNet(config)
 
   def init(key, x):

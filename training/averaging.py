@@ -48,10 +48,11 @@ def power_average(relative_stds: Sequence[float]) -> state_lib.Averaging:
   exponents = [exponent(std) for std in relative_stds]
 
   def update(averages, params, step):
-    decays = [(1 - 1 / (step + 1)) ** (gamma + 1) for gamma in exponents]
+    # 1 - b: late in training b itself is too near 1 for float32.
+    gains = [-jnp.expm1((gamma + 1) * jnp.log1p(-1 / (step + 1))) for gamma in exponents]
     return tuple(
-      jax.tree.map(lambda old, new, d=d: old + (1 - d).astype(old.dtype) * (new - old), a, params)
-      for a, d in zip(averages, decays, strict=True)
+      jax.tree.map(lambda old, new, g=g: old + g.astype(old.dtype) * (new - old), a, params)
+      for a, g in zip(averages, gains, strict=True)
     )
 
   return state_lib.Averaging(
@@ -106,5 +107,8 @@ def combined(weighted: Iterable[tuple[float, state_lib.Params]]) -> state_lib.Pa
 
 def used(state: state_lib.TrainState) -> state_lib.Params:
   """The parameters to use: their average, the first if there are several, or they themselves."""
-  average = state.average[0] if isinstance(state.average, tuple) and state.average else None
-  return average or state.average or state.params
+  average = state.average
+  if not jax.tree.leaves(average):
+    return state.params
+  of_params = jax.tree.structure(average) == jax.tree.structure(state.params)
+  return average if of_params else average[0]

@@ -118,6 +118,6 @@ def bits_per_dim(
   nats = (
     prior_term(clean, alpha_last, sigma_last)
     + integral / num_times
-    + reconstruction_term(x, clean, values, alpha, sigma)
+    + reconstruction_term(x, clean, values, alpha.reshape(()), sigma.reshape(()))
   )
   return nats / (math.log(2) * math.prod(clean.shape[1:]))
