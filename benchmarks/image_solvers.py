@@ -23,6 +23,7 @@ _NFE = flags.DEFINE_list("nfe", "4,6,8,10,15,20,30", "Numbers of evaluations.")
 _RANK = flags.DEFINE_integer("rank", 10, "Evaluations at which solvers are ranked.")
 _MOST = flags.DEFINE_integer("most", 10, "Solvers that are followed.")
 _REFERENCE = flags.DEFINE_integer("reference", 1000, "Evaluations of the reference, by DDIM.")
+_REFERENCES = flags.DEFINE_integer("references", 3, "Runs of which there is a reference.")
 _FIGURE = flags.DEFINE_string("figure", None, "File for the figure.")
 _CSV = flags.DEFINE_string("csv", None, "File for every distance.")
 
@@ -108,7 +109,7 @@ def main(_) -> None:
   found = measured(runs, draws, names, evaluations)
   reference = [
     image_runs.frechet(run, draw(image_runs.table(run, "ddim", _REFERENCE.value)))
-    for run, draw in zip(runs, draws, strict=True)
+    for run, draw in zip(runs[: _REFERENCES.value], draws, strict=False)
   ]
   floor = image_runs.floor(runs[0])
   show(found, names, evaluations, floor, reference)

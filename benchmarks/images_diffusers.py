@@ -8,7 +8,7 @@ A DiT and a U-Net that predict noise, with random weights, under DPM-Solver++ 2M
 diffusion's chain. Ours is one compiled program of the whole loop, the table of coefficients and the
 number of steps being arguments. The peer is diffusers' loop, `scheduler.step` in Python, around
 its own network, eager and under torch.compile. Before anything is timed, images from the same noise
-have to agree to 1e-3 of their RMS, for two numbers of steps; in bfloat16 the difference is printed.
+have to agree to 1e-3 of their RMS, for two numbers of steps; in bfloat16 that is reported.
 
 Repetitions alternate between the systems, and medians are reported. What the first call takes
 longer than the second is compilation, which finds no cache. Theirs has its coefficients made anew
@@ -53,9 +53,7 @@ _STEPS = flags.DEFINE_integer("steps", 20, "Evaluations of the network for an im
 _REPEATS = flags.DEFINE_integer("repeats", 7, "Timed repetitions of each system.", 1)
 _LEAST = flags.DEFINE_float("least_seconds", 0.2, "A repetition is as many calls as last so long.")
 _DTYPE = flags.DEFINE_enum("dtype", "float32", ["float32", "bfloat16"], "Of weights and compute.")
-_MODE = flags.DEFINE_string(
-  "compile_mode", "default", "Of torch.compile; reduce-overhead and so on."
-)
+_MODE = flags.DEFINE_string("compile_mode", "default", "Of torch.compile: reduce-overhead, ...")
 _CHANNELS_LAST = flags.DEFINE_bool("channels_last", False, "The memory format of their network.")
 _PEAK = flags.DEFINE_float("peak_tflops", 0.0, "The machine's; 0 measures a matrix product's.")
 _CSV = flags.DEFINE_string("csv", None, "File for the results.")
@@ -63,7 +61,6 @@ _CSV = flags.DEFINE_string("csv", None, "File for the results.")
 CHAIN = schedules.from_betas(schedules.scaled_linear_betas())
 NUM_CLASSES = 10
 NUM_ROWS = 100  # of the padded table
-TOLERANCE = 1e-3
 
 
 class Case(NamedTuple):
@@ -197,10 +194,9 @@ def seconds(function: Callable[[], Any], calls: int = 1) -> float:
 
 
 def disagreement(ours: jax.Array, theirs: Any) -> float:
-  """The largest difference of images, over their RMS."""
-  ours = np.asarray(ours, np.float32)
+  """The largest difference of images over their RMS: that is about 15, 1 / alpha of the noise."""
   theirs = theirs.float().cpu().numpy().transpose(0, 2, 3, 1)
-  return float(np.abs(ours - theirs).max() / np.sqrt(np.mean(np.square(theirs))))
+  return float(np.abs(np.asarray(ours) - theirs).max() / np.sqrt(np.mean(np.square(theirs))))
 
 
 def flops(case: Case) -> float:
@@ -241,6 +237,8 @@ def compare(case: Case) -> dict[str, Any]:
 
   sample, network, programs = ours(case)
   row = {"flops": flops(case), "ours_compile_s": compile_time(sample)}
+  if not 0.05 < np.std(network(1)) < 20:
+    raise ValueError("The network's output is not like noise; the images would not depend on it.")
   torch._dynamo.reset()  # so that this shape is the first, and dimensions are constants
   torch._dynamo.utils.counters.clear()
   eager, eager_network = theirs(case, case.model)
@@ -272,10 +270,10 @@ def agreement(programs: list, sample: Callable, peers: list[Callable]) -> dict[s
   for num_steps in (_STEPS.value, _STEPS.value // 2):
     images = sample(num_steps)
     differences += [disagreement(images, peer(num_steps)) for peer in peers]
-  if _DTYPE.value == "float32" and not max(differences) < TOLERANCE:
+  if _DTYPE.value == "float32" and not np.max(differences) < 1e-3:
     raise ValueError(f"Images differ by {differences} of their RMS.")
   return {
-    "images_differ": max(differences),
+    "images_differ": float(np.max(differences)),
     "ours_programs": count,
     "ours_new_programs": len(programs) - count,
     "torch_graphs": graphs,
@@ -331,7 +329,7 @@ def show(rows: list[dict[str, Any]], peak: float) -> None:
   for columns, cells in zip(COLUMNS, (rates, parts), strict=True):
     print(f"\n| {columns} |\n" + "|---" * (columns.count("|") + 1) + "|")
     for line in cells:
-      print("| " + " | ".join(line) + " |")
+      print(f"| {' | '.join(line)} |".replace("nan%", "fails").replace("nan", "fails"))
 
 
 def processor() -> str:
@@ -371,7 +369,7 @@ def main(_):
   import torch
 
   torch._inductor.config.force_disable_caches = True
-  torch.backends.cudnn.allow_tf32 = False
+  torch.backends.cudnn.allow_tf32, torch.backends.cudnn.benchmark = False, True
   if _DTYPE.value == "float32":
     jax.config.update("jax_default_matmul_precision", "highest")
   shared = conditions(1e12 * _PEAK.value or matmul_peak())

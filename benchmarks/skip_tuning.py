@@ -17,12 +17,11 @@ import numpy as np
 from absl import app, flags
 
 from ancestral.benchmarks import image_runs
-from ancestral.launch import images
+from ancestral.launch import images, solving
 from ancestral.models import base, unet
 
 _SCALES = flags.DEFINE_list("scales", "0.7,0.8,0.85,0.9,0.95,1,1.05,1.1", "Of the deepest.")
 _NFE = flags.DEFINE_list("nfe", "5,10,20", "Numbers of evaluations.")
-_SOLVER = flags.DEFINE_string("solver", "dpmpp_2m", "Solver.")
 
 
 def denoising_errors(run: image_runs.Run, scales) -> np.ndarray:
@@ -59,7 +58,9 @@ def main(_) -> None:
     make_model = lambda skips, run=run: images.tuned(run.experiment, skips)
     for s, skips in enumerate(scales):
       for e, n in enumerate(evaluations):
-        samples = draw(image_runs.table(run, _SOLVER.value, n), skips, make_model)
+        samples = draw(
+          image_runs.table(run, solving.SOLVER.value or "dpmpp_2m", n), skips, make_model
+        )
         found[s, e, r] = image_runs.frechet(run, samples)
   print("| deepest scale | " + " | ".join(f"{n} evaluations" for n in evaluations) + " | error |")
   print("|---" * (len(evaluations) + 2) + "|")
