@@ -5,13 +5,15 @@
   python -m ancestral.launch.evaluate --workdir=runs/digits
 
 Variants, as in `--config=configs/image_diffusion.py:digits_unet`:
-  digits        scikit-learn's digits, 8 x 8, by a transformer of 0.3M parameters: the default.
-  digits_unet   the same by a U-Net of 0.2M parameters.
-  fashion_dit   Fashion-MNIST, 28 x 28, from data.folder, by a transformer of 13M parameters: for a
-                GPU.
-  fashion_unet  the same by a U-Net of 7M parameters.
+  digits        scikit-learn's digits, 8 x 8, by a transformer of 0.33M parameters: the default. 100
+                seconds on 2 CPU cores; Frechet distance .10 of ten evaluations, .06 of real images.
+  digits_unet   the same by a U-Net of 0.19M parameters: three minutes; .07.
+  fashion_dit   Fashion-MNIST, 28 x 28, from data.folder, by a transformer of 15.18M parameters: for
+                a GPU; not measured yet.
+  fashion_unet  the same by a U-Net of 7.28M parameters; not measured yet.
   tfds          any prepared tensorflow-datasets data set of small images and labels.
-  points        two moons, or another of tasks/points.py at data.name, by a residual network.
+  points        two moons, or another of tasks/points.py at data.name, by a residual network of
+                0.32M parameters: a minute.
 """
 
 import ml_collections

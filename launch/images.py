@@ -101,7 +101,7 @@ def build(config: fields.Config) -> Experiment:
   examples = pixels.examples(config)
   noising = fields.choose("diffusion.path", c.path, NOISINGS)()
   head = fields.choose("diffusion.head", c.head, HEADS)(c.sigma_data)
-  network_config = _network_config(config, examples)
+  network_config = network_config_of(config, examples)
   network = MAKE[type(network_config)](network_config)
   model = of_network(network, noising, head, c.sigma_data)
   labels = examples.train_labels, examples.test_labels
@@ -165,7 +165,14 @@ def _check(config: fields.Config) -> None:
     fields.choose("model.dtype", config.model.dtype, fields.DTYPES)
 
 
-def _network_config(config, examples):
+def network_config_of(
+  config: fields.Config, examples: pixels.Examples
+) -> dit.DiTConfig | unet.UNetConfig | mlp.MLPConfig:
+  """The shape of the network that `config.model` names, for these examples.
+
+  Raises:
+    ValueError: there is none of that name, or it is not for such examples.
+  """
   kind = fields.choose("model.network", config.model.network, NETWORKS)
   shape = {"image_shape": examples.train.shape[1:]}
   if kind is mlp.MLPConfig:

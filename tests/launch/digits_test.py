@@ -2,7 +2,9 @@
 
 import gzip
 import json
+import math
 import pathlib
+import re
 import shutil
 
 import jax
@@ -11,7 +13,17 @@ import pytest
 from PIL import Image
 
 from ancestral.configs import image_classifier, image_diffusion
-from ancestral.launch import distances, evaluate, experiment, fields, images, sample, solving, train
+from ancestral.launch import (
+  distances,
+  evaluate,
+  experiment,
+  fields,
+  images,
+  pixels,
+  sample,
+  solving,
+  train,
+)
 from ancestral.sampling import tables
 from ancestral.training import averaging, checkpoint, metrics
 
@@ -201,6 +213,23 @@ def test_a_wrong_field_is_named_before_anything_is_made(command, tmp_path, case)
   outcome = command(train, *arguments(tmp_path / "run", **more))
   assert outcome.status == 2 and message in outcome.err and outcome.err.count("\n") == 1
   assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize("variant", image_diffusion.VARIANTS)
+def test_a_docstring_states_the_measured_number_of_parameters(variant):
+  made = image_diffusion.get_config(variant)
+  assert made.is_locked
+  shape = {"digits": (8, 8, 1), "digits_unet": (8, 8, 1), "points": (2,)}.get(variant, (28, 28, 1))
+  x, names = np.zeros((1, *shape), np.float32), None if variant == "points" else tuple("0123456789")
+  examples = pixels.Examples(x, None, x, None, None, names)
+  network_config = images.network_config_of(made, examples)
+  network = images.MAKE[type(network_config)](network_config)
+  shapes = jax.eval_shape(network.init, jax.random.key(0), x)
+  count = sum(math.prod(leaf.shape) for leaf in jax.tree.leaves(shapes))
+  entry = re.search(rf"^  {variant} .*\n(   .*\n)*", image_diffusion.__doc__, re.MULTILINE).group()
+  stated = re.search(r"([\d.]+)M", entry)
+  assert (stated is None) == (variant == "tfds")
+  assert stated is None or stated.group(1) == f"{count / 1e6:.2f}"
 
 
 def idx(path, array):
