@@ -136,7 +136,7 @@ SPECULATING = {
 }
 
 
-@pytest.mark.parametrize("drafter", SPECULATING)
+@pytest.mark.parametrize("drafter", ["tree", pytest.param("suffix", marks=pytest.mark.slow)])
 def test_speculation_is_served_as_it_is_drawn_alone(drafter):
   _, target = targets.table_target(vocab_size=23, order=2)
   params = {"target": target, "draft": target + 0.5 * jnp.roll(target, 1)}
