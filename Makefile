@@ -1,7 +1,7 @@
 # Every target sets up what it needs: a virtual environment in .venv, installed once per change of
 # setup.py or pyproject.toml.
 #
-#   make quickstart        train, sample, verify and report on the CPU: four to five minutes
+#   make quickstart        train, sample, verify and report on the CPU: four minutes
 #   make test              ruff and the tests
 #   make test-slow         tests that take long
 #   make test-peers        parity with other libraries (installs torch, transformers, diffusers)
