@@ -1,6 +1,6 @@
 """Every named solver as a function of a schedule and times, for the tests of all of them."""
 
-from ancestral.sampling import ancestral, correctors, forms, multistep, singlestep
+from ancestral.sampling import ancestral, correctors, forms, momentum, multistep, singlestep
 
 
 def steps(step):
@@ -37,6 +37,9 @@ DETERMINISTIC = {
   "ipndm": of(multistep.ipndm),
   "plms": of(multistep.plms),
   "pndm": of(multistep.pndm),
+  "heavy-ball": of(momentum.heavy_ball),
+  "ghvb-3": of(momentum.ghvb, 3),
+  "ghvb-exact": of(momentum.exact, 3),
   "unipc-1": of(correctors.unipc, 1),
   "unipc-2": of(correctors.unipc, 2),
   "unipc-3": of(correctors.unipc, 3),

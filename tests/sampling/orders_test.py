@@ -5,7 +5,7 @@ import pytest
 import scipy.integrate
 
 from ancestral.models import schedules
-from ancestral.sampling import correctors, forms, multistep, singlestep
+from ancestral.sampling import correctors, forms, momentum, multistep, singlestep
 
 WEIGHTS = np.array([0.3, 0.3, 0.2, 0.2])
 MEANS = np.array([[1.0, 0.3], [-0.5, 0.9], [-0.7, -0.6], [0.6, -0.9]])
@@ -74,6 +74,10 @@ SOLVERS = {
     3,
     lambda g: multistep.deis(VE, g, 3, variable=forms.log_snr, start=singlestep.rk3(NOISE)),
   ),
+  "heavy-ball": (1, lambda g: momentum.heavy_ball(VE, g, 3)),
+  "ghvb-2": (2, lambda g: momentum.ghvb(VE, g, 2)),
+  "ghvb-exact-3": (3, lambda g: momentum.exact(VE, g, 3, start=singlestep.rk3(NOISE))),
+  "ghvb-exact-4": (4, lambda g: momentum.exact(VE, g, 4, start=singlestep.rk4(NOISE))),
   "unipc-1": (2, lambda g: correctors.unipc(VE, g, 1)),
   "unipc-2": (3, lambda g: correctors.unipc(VE, g, 2)),
   "unipc-3": (4, lambda g: correctors.unipc(VE, g, 3)),
@@ -118,3 +122,10 @@ def test_published_third_order_is_second(reference):
 
 def test_a_first_step_of_order_one_caps_the_order(reference):
   assert slope(lambda g: multistep.exponential(VE, g, 4), reference) < 3
+
+
+def test_heavy_ball_is_of_first_order_and_published_momentum_of_second(reference):
+  assert slope(lambda g: momentum.heavy_ball(VE, g, 4, damping=0.5), reference) < 1.2
+  for b in (0.8, 0.5):
+    assert 1.9 < slope(lambda g, b=b: momentum.ghvb(VE, g, 4, damping=b), reference) < 2.3
+  assert slope(lambda g: momentum.exact(VE, g, 4), reference) < 2.5
