@@ -129,6 +129,19 @@ def test_damping_enlarges_the_stable_part_of_the_axis_and_order_shrinks_it():
       np.testing.assert_allclose(far, extent(1.0) * (2 - b) / b)
 
 
+def test_regions_grow_and_only_that_of_fourth_order_keeps_the_plain_one():
+  """Of the points stable by a margin without damping, which are unstable with it."""
+  z = np.linspace(-2, 0.2, 111)[None] + 1j * np.linspace(0, 1.2, 61)[:, None]
+  for order in (1, 2, 3, 4):
+    plain = momentum.amplification(momentum.weights(order), 1.0, z) < 1 - 1e-3
+    for b in DAMPINGS[1:]:
+      damped = momentum.amplification(momentum.weights(order, b), b, z) < 1
+      assert order == 1 or damped.sum() > plain.sum()  # of the first, most lies left of here
+      assert np.any(plain & ~damped) == (order < 4)
+      heavy = momentum.amplification(momentum.weights(order), b, z) < 1
+      assert np.any(plain & ~heavy)
+
+
 def test_refused():
   schedule, times = GRIDS["ve"]
   for make in (momentum.heavy_ball, momentum.ghvb, momentum.exact):
