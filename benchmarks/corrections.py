@@ -147,7 +147,8 @@ def trained(run: image_runs.Run, evaluations: list[int]) -> np.ndarray:
   """Frechet distances of a run, [corrections, solvers, numbers]."""
   schedule, draw = run.experiment.noising, image_runs.sampler(run, max(evaluations))
   data = of_data(np.asarray(run.experiment.examples.train, np.float64))
-  models = [_model(run, correction) for correction in CORRECTIONS]
+  kinds = {(correction.shift, correction.centred): correction for correction in CORRECTIONS}
+  models = {kind: _model(run, correction) for kind, correction in kinds.items()}  # a program each
   found = np.zeros((len(CORRECTIONS), len(SOLVERS), len(evaluations)))
   for place in np.ndindex(found.shape):
     correction, n = CORRECTIONS[place[0]], evaluations[place[2]]
@@ -158,13 +159,15 @@ def trained(run: image_runs.Run, evaluations: list[int]) -> np.ndarray:
     times[: len(plain.times)] = plain.times
     mean = data.mean if correction.centred else np.zeros_like(data.mean)
     setting = (times, np.float32(data.variance), np.float32(mean))
-    samples = draw(table, setting, models[place[0]]) + mean.astype(np.float32)
+    samples = draw(table, setting, models[correction.shift, correction.centred]) + mean.astype(
+      np.float32
+    )
     found[place] = image_runs.frechet(run, samples)
   return found
 
 
 def _model(run: image_runs.Run, correction: Correction) -> Callable[[Any], Callable]:
-  """(times, data variance, mean) -> the model as the correction has it; one a correction."""
+  """(times, data variance, mean) -> the model as the correction has it."""
   own, schedule = run.experiment.model, run.experiment.noising
 
   def make(setting):
