@@ -21,6 +21,7 @@ def predictor_corrector(
   *,
   form: forms.Form | Sequence[forms.Form],
   rule: forms.Rule,
+  revise: Callable[[list[forms.Evaluation]], list[forms.Evaluation]] = lambda history: history,
 ) -> tables.SolverTable:
   """`multistep.adams_bashforth`, each point remade once it is evaluated.
 
@@ -35,6 +36,7 @@ def predictor_corrector(
     corrector_orders: outputs that the corrector has besides the new one, p, or [n].
     form: one, or one for each step [n].
     rule: of both.
+    revise: what the predictor and later steps read, of the evaluations, the latest first.
 
   Raises:
     ValueError: as `multistep.adams_bashforth`.
@@ -48,16 +50,16 @@ def predictor_corrector(
   for i, (s, t) in enumerate(itertools.pairwise(times)):
     seen = forms.Evaluation(s, x, path.evaluate(x, s))
     if i > 0:
-      nodes = _with_new(history[: c[i - 1]], seen)
+      nodes = with_new(history[: c[i - 1]], seen)
       x = forms.advance(path, each[i - 1], rule, base, times[i - 1], s, nodes, z=z)
     base, z = x, path.noise()
-    history.insert(0, seen)
+    history = revise([seen, *history])
     x = forms.advance(path, each[i], rule, x, s, t, history[: p[i]])
   return path.table(x, times[-1])
 
 
-def _with_new(known, seen):
-  """Nodes of a corrector: the one the step starts from comes first."""
+def with_new(known, seen):
+  """Nodes of a corrector: the evaluation that the step starts from, the new one, the others."""
   return [known[0], seen, *known[1:]]
 
 
@@ -92,7 +94,7 @@ def unic(
   for i in range(n):
     seen = forms.Evaluation(times[i], x, path.evaluate(x, times[i]))
     if i > 0:
-      nodes = _with_new(history[: orders[i - 1]], seen)
+      nodes = with_new(history[: orders[i - 1]], seen)
       x = forms.advance(path, forms.data(), bh2, base, times[i - 1], times[i], nodes)
     base = x
     history.insert(0, seen)
@@ -161,6 +163,55 @@ def unipc(
   """
   form = forms.data() if form is None else form
   return predictor_corrector(schedule, times, order, order, form=form, rule=rule)
+
+
+def dc_solver(
+  schedule: schedules.Schedule,
+  times: Sequence[float],
+  ratios: Sequence[float],
+  order: int | Sequence[int] = 2,
+  *,
+  form: forms.Form | None = None,
+  rule: forms.Rule = bh2,
+) -> tables.SolverTable:
+  """DC-Solver: UniPC whose last output is moved along the path before the predictor reads it.
+
+  The corrector leaves the corrected point with an output that is of the predicted one. In its place
+  comes the parabola in time through the last three outputs (as they stand), at
+  t' = r_i t_i + (1 - r_i) t_{i-1}; the output stays so changed for later steps. r = 1 is UniPC.
+
+  Args:
+    schedule: alpha and sigma of time.
+    times: [n + 1].
+    ratios: r_i of steps 2, .., n - 1, [max(n - 2, 0)]: the first two have too few outputs.
+    order: as `unipc`.
+    form: data, unless another is given.
+    rule: as `unipc`.
+
+  Raises:
+    ValueError: as `unipc`; the ratios are not as many.
+
+  Reference: Zhao et al. 2024, arXiv 2409.03755, eq. 8 and 9, K = 2.
+  """
+  form, n = forms.data() if form is None else form, len(times) - 1
+  if len(ratios) != max(n - 2, 0):
+    raise ValueError(
+      f"{len(ratios)} ratios for {n} steps: {max(n - 2, 0)}, from the third step on."
+    )
+
+  def compensate(history):
+    if len(history) < 3:
+      return history
+    nodes = np.array([node.time for node in history[:3]])
+    place = nodes[1] + ratios[len(history) - 3] * (nodes[0] - nodes[1])
+    weights = [
+      np.prod([(place - nodes[k]) / (nodes[j] - nodes[k]) for k in range(3) if k != j])
+      for j in range(3)
+    ]
+    moved = sum(w * node.output for w, node in zip(weights, history[:3], strict=True))
+    return [history[0]._replace(output=moved), *history[1:]]
+
+  return predictor_corrector(schedule, times, order, order, form=form, rule=rule, revise=compensate)
 
 
 def sa_solver(

@@ -213,6 +213,13 @@ def midpoint(form: Form, nodes: np.ndarray, lam_s: float, lam_t: float) -> np.nd
   return total * np.array([1 + tilt, -tilt, *np.zeros(len(nodes))][: len(nodes)])
 
 
+def fixed(weights: Sequence[float]) -> Rule:
+  """The mean of the slopes with these weights, whatever the nodes: of Runge-Kutta, of iPNDM."""
+  return lambda form, nodes, lam_s, lam_t: (
+    (form.clock(lam_t) - form.clock(lam_s)) * np.asarray(weights, np.float64)
+  )
+
+
 def steps_per(gap: float, lam_s: float, lam_t: float) -> float:
   """(lambda_t - lambda_s) / gap, and 0, for order one, where that is no number."""
   finite = gap != 0 and np.isfinite(gap) and np.isfinite(lam_t - lam_s)

@@ -75,20 +75,11 @@ def runge_kutta(
     seen = [first]
     for row in stages:
       time = _time_of_clock(schedule, form, s, t, sum(row))
-      point = forms.advance(path, form, _constant(row, sum(row)), x, s, time, seen)
+      point = forms.advance(path, form, forms.fixed(np.asarray(row) / sum(row)), x, s, time, seen)
       seen.append(evaluated(path, point, time))
-    return forms.advance(path, form, _constant(weights, 1.0), x, s, t, seen), first
+    return forms.advance(path, form, forms.fixed(weights), x, s, t, seen), first
 
   return step
-
-
-def _constant(weights, total):
-  """The rule that has the slope's mean with given weights, which sum to `total`."""
-
-  def rule(form, nodes, lam_s, lam_t):
-    return (form.clock(lam_t) - form.clock(lam_s)) * np.asarray(weights) / total
-
-  return rule
 
 
 def _time_of_clock(schedule, form, s, t, share):

@@ -216,6 +216,23 @@ def _padded(start, times, rows):
   return SolverTable(start, times, carry, output, noise if np.any(noise) else None)
 
 
+def guided(expansion: Expansion, scale: float) -> Expansion:
+  """The solver of negative + w (positive - negative), as one of both outputs.
+
+  So the scale of guidance is in the table, and a table may have another at every step.
+
+  Args:
+    expansion: of one output.
+    scale: w.
+
+  Raises:
+    ValueError: it has more outputs than one.
+  """
+  if expansion.outputs.shape[2] != 1:
+    raise ValueError(f"The solver reads {expansion.outputs.shape[2]} outputs; it has to read one.")
+  return expansion._replace(outputs=expansion.outputs * np.array([scale, 1 - scale]))
+
+
 def from_state(table: SolverTable) -> SolverTable:
   """The same solver, its input being the state at times[0] instead of a clean sample."""
   return table._replace(start=np.array([1.0, 0.0]))
