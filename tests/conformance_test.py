@@ -7,6 +7,7 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
+import optax
 import pytest
 
 import targets
@@ -29,6 +30,8 @@ from ancestral.sampling import (
   logits,
   lookup,
   multistep,
+  noise_optimization,
+  noise_search,
   sharded,
   singlestep,
   solvers,
@@ -163,19 +166,31 @@ TREE = functools.partial(draft_trees.by_model, parents=(-1, -1, 0))
 SPECULATIVE = ("tokens", "length")
 
 
-def diffusing(name, table, **kwargs):
-  """Diffusion by a table whose output is the image, of a mixture whose means are the params."""
+def solving(table, means):
+  """(denoiser, table) of a mixture whose means are the params."""
   schedule = schedules.rectified_flow()
   times = np.append(schedule.time(np.linspace(-3, 3, 4)), 0.0)
+  mixture = toy.GaussianMixture(jnp.array([0.4, 0.6]), means, jnp.array([0.1, 0.3]))
+  return toy.mixture_denoiser(mixture, schedule), table(schedule, times)
 
-  def algorithm(means):
-    mixture = toy.GaussianMixture(jnp.array([0.4, 0.6]), means, jnp.array([0.1, 0.3]))
-    return solvers.tabulated(toy.mixture_denoiser(mixture, schedule), table(schedule, times))
 
+def diffusing(name, table, of=solvers.tabulated, field="slots", **kwargs):
+  """Diffusion by a table whose output is the image; or `of` a table, in a field of its state."""
+  algorithm = lambda means: of(*solving(table, means))
   inputs = lambda requests: jnp.asarray(CLEAN[requests])
-  sample = lambda state: {"slots": state.slots}
   means = jnp.array([[1.0, -0.5, 0.2], [-0.8, 0.4, 0.6]])
-  return Case(name, algorithm, means, inputs, sample, {"slots": "float32"}, **kwargs)
+  return Case(name, algorithm, means, inputs, fields_of((field,)), {field: "float32"}, **kwargs)
+
+
+def near_noises(denoise, table):
+  sample = noise_search.of_table(denoise, table)
+  return noise_search.zero_order(sample, lambda x: x[:, 0], width=2, distance=0.5)
+
+
+def descending(denoise, table):
+  loss = lambda x, noise: jnp.sum(jnp.square(x - 0.3), axis=1)
+  sgd = optax.sgd(0.1, momentum=0.5)
+  return noise_optimization.optimized(noise_search.of_table(denoise, table), loss, sgd)
 
 
 def bridging():
@@ -244,6 +259,8 @@ CASES = [
       schedule, times, ancestral.renoised(singlestep.euler)
     ),
   ),
+  diffusing("noise-search", ancestral.ddim, near_noises, "x"),
+  diffusing("noise-optimization", ancestral.ddim, descending, "noise"),
   bridging(),
 ]
 
