@@ -112,7 +112,7 @@ def analytic_first_step(
   Raises:
     ValueError: the table is of another kind, or as `replayed`.
 
-  Reference: Dockhorn et al. 2022 (GENIE), arXiv 2210.05475, section 3.1 (analytic first step, with
+  Reference: Dockhorn et al. 2022 (GENIE), arXiv 2210.05475 (analytic first step, with
     std = 0); Karras et al. 2022, arXiv 2206.00364, c_skip, is the gain of std.
   """
   if table.num_rows < 2 or np.any(tables.expand(table).noises[:, 0]):

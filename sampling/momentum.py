@@ -9,7 +9,7 @@ u_i a combination of e_0, .., e_i; v is the velocity, b the damping, v_0 = e_0:
 With b = 1 both are Adams-Bashforth, `multistep.ipndm`. The paper writes k and b as one number:
 GHVB 3.8 is k = 4, b = .8.
 
-Reference: Wizadwongsa et al. 2024, arXiv 2307.11118.
+Reference: Wizadwongsa et al. 2023, arXiv 2307.11118.
 """
 
 import itertools
@@ -32,7 +32,7 @@ def weights(order: int, damping: float = 1.0) -> np.ndarray:
   Raises:
     ValueError: order below 1; damping outside (0, 1].
 
-  Reference: Wizadwongsa et al. 2024, arXiv 2307.11118, section 4.2.
+  Reference: Wizadwongsa et al. 2023, arXiv 2307.11118.
   """
   if order < 1 or not 0 < damping <= 1:
     raise ValueError(f"order={order}, damping={damping}: above 0, and in (0, 1].")
@@ -60,7 +60,7 @@ def heavy_ball(
   Raises:
     ValueError: as `weights` and `tables.grid`.
 
-  Reference: Wizadwongsa et al. 2024, arXiv 2307.11118, section 4.1.
+  Reference: Wizadwongsa et al. 2023, arXiv 2307.11118.
   """
   weights(order, damping)  # raises
   num = len(times) - 1
@@ -87,7 +87,7 @@ def ghvb(
   Raises:
     ValueError: as `weights` and `tables.grid`.
 
-  Reference: Wizadwongsa et al. 2024, arXiv 2307.11118, section 4.2.
+  Reference: Wizadwongsa et al. 2023, arXiv 2307.11118.
   """
   weights(order, damping)  # raises
   velocities = averaged(np.eye(len(times) - 1), damping)
@@ -201,7 +201,7 @@ def amplification(mix: np.ndarray, damping: float, z: np.ndarray) -> np.ndarray:
     damping: b.
     z: [...], complex or real.
 
-  Reference: Wizadwongsa et al. 2024, arXiv 2307.11118, appendix; Hairer and Wanner 1996, V.1.
+  Reference: Wizadwongsa et al. 2023, arXiv 2307.11118; Hairer and Wanner 1996, V.1.
   """
   z, degree = np.asarray(z, np.complex128), max(len(mix), 2)
   companion = np.zeros((*z.shape, degree, degree), np.complex128)

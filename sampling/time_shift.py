@@ -10,7 +10,7 @@ The paper compares with 1 - alpha-bar alone, s = 0, and shifts only above a cut-
 there is little of the data; its window is in steps of its chain, here in lambda = log(alpha /
 sigma), as that is the same on every schedule.
 
-Reference: Li et al. 2024, arXiv 2305.15583, algorithm 3.
+Reference: Li et al. 2023, arXiv 2305.15583.
 """
 
 from collections.abc import Sequence
@@ -101,7 +101,7 @@ def shifted_source(
     cutoff: of t.
     data_variance: s^2.
 
-  Reference: Li et al. 2024, arXiv 2305.15583, algorithm 3.
+  Reference: Li et al. 2023, arXiv 2305.15583.
   """
 
   def shifted(x, t):
