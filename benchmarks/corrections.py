@@ -3,7 +3,7 @@
     python -m ancestral.benchmarks.corrections                        # exact denoisers, a minute
     python -m ancestral.launch.train --config=configs/image_diffusion.py --workdir=runs/dit \\
         --seeds=0,1,2
-    python -m ancestral.benchmarks.corrections --run=runs/dit         # trained ones, four minutes
+    python -m ancestral.benchmarks.corrections --run=runs/dit         # trained ones, minutes a seed
 
 DualFast and Time-Shift correct errors of the network, so on an exact denoiser they have nothing to
 correct: there the distance is to the solution of the equation (RMS), and should not fall. Of the
