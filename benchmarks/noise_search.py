@@ -35,11 +35,15 @@ from ancestral.sampling import base, multistep, noise_search, solvers, tables
 
 _IMAGES = flags.DEFINE_integer("per_run", 50, "Images of each seed of training.")
 _DISTANCES = flags.DEFINE_list("distances", "0.4,0.7", "Of neighbours, in zero-order search.")
+_NFE = flags.DEFINE_list("nfe", "40,80,160,320", "Evaluations for an image, multiples of 40.")
+_TOLD = flags.DEFINE_list(
+  "told", "no,yes", "Whether the model is told the class: no, yes, or both."
+)
 _FIGURE = flags.DEFINE_string("figure", None, "File for the figure.")
 
 STEPS = 10  # evaluations of a sample that is searched for
-BUDGETS = (40, 80, 160, 320)  # evaluations for an image
-NEIGHBOURS, FORKS = 3, 4
+TITLES = {"no": "class not told", "yes": "class told"}
+NEIGHBOURS, FORKS, PER_PATH = 3, 4, 40  # evaluations of a path and its forks
 
 MIXTURE = toy.GaussianMixture(
   jnp.array([0.3, 0.3, 0.2, 0.2]),
@@ -54,6 +58,11 @@ class Sampled(NamedTuple):
   method: str
   evaluations: int  # spent for an image
   x: np.ndarray  # [B, ...]
+
+
+def budgets() -> list[int]:
+  """Evaluations for an image."""
+  return [int(n) for n in _NFE.value]
 
 
 def plan(schedule: schedules.Schedule, finer: int = 1) -> noise_search.Plan:
@@ -74,14 +83,14 @@ def methods(denoise, of, paths: noise_search.Plan, verifier) -> dict:
 
   Args:
     denoise: of the model.
-    of: noise to sample in so many times STEPS evaluations as a sample has.
+    of: noise to sample.
     paths: see `plan`.
     verifier: that steers.
   """
   observe = lambda state, info: (state.x, state.evaluations)
 
   def rounds(algorithm, width, keys, x):
-    made = np.array([(budget // STEPS - 1) // width for budget in BUDGETS])
+    made = np.array([(budget // STEPS - 1) // width for budget in budgets()])
     state = base.start(keys, algorithm, x)
     seen = base.run(keys, algorithm, state, int(made[-1]), observe)[1]
     return jax.tree.map(lambda leaf: leaf[made - 1], seen)
@@ -89,9 +98,9 @@ def methods(denoise, of, paths: noise_search.Plan, verifier) -> dict:
   def over_paths(keys, x):
     found = [
       noise_search.over_paths(
-        keys, denoise, paths, verifier, x, num_paths=budget // BUDGETS[0], num_forks=FORKS
+        keys, denoise, paths, verifier, x, num_paths=budget // PER_PATH, num_forks=FORKS
       )
-      for budget in BUDGETS
+      for budget in budgets()
     ]
     return tuple(
       jnp.stack(parts) for parts in zip(*((f.x, f.evaluations) for f in found), strict=True)
@@ -181,6 +190,14 @@ def judge(run: image_runs.Run, workdir: str, seed: int, **model: int) -> launch_
   return raw._replace(scale=float(np.sqrt(np.mean(np.square(vectors)))))
 
 
+def frechet(real: np.ndarray, vectors: np.ndarray, num_groups: int = 10) -> tuple[float, float]:
+  """Frechet's distance of features, and 1.96 standard errors by a jackknife over the samples."""
+  groups = np.arange(len(vectors)) % num_groups
+  without = [distances.frechet(real, vectors[groups != g]) for g in range(num_groups)]
+  error = np.sqrt((num_groups - 1) * np.var(without))
+  return distances.frechet(real, vectors), 1.96 * float(error)
+
+
 def log_probs(judge: launch_distances.Features, x: jax.Array, labels: jax.Array) -> jax.Array:
   """log p(label | image) [B] of x [B, H, W, C]."""
   logits = judge.classifier.apply(judge.params, x)[1]
@@ -229,8 +246,8 @@ def of_run(run: image_runs.Run, steps, made, told: bool, labels: np.ndarray) -> 
   condition = labels if told else jnp.full_like(labels, run.experiment.examples.num_classes)
   keys = base.row_keys(jax.random.key(run.experiment.config.seed), jnp.arange(len(labels)))
   found = []
-  for n in (STEPS, *BUDGETS):
-    table = tables.padded(image_runs.table(run, "dpmpp_2m", n), BUDGETS[-1])
+  for n in (STEPS, *budgets()):
+    table = tables.padded(image_runs.table(run, "dpmpp_2m", n), budgets()[-1])
     x = steps(run.params, keys, condition, table, n)
     found.append(Sampled("more steps", n, np.asarray(x)))
   for name, program in made.items():
@@ -250,7 +267,7 @@ def measured(runs, steps, made, b, c, told: bool) -> list[tuple]:
     x = np.concatenate([part.x for part in parts])
     by_a, by_b = (np.asarray(log_probs(j, x, wanted)) for j in (runs[0].features, b))
     vectors, right = c(x)[0], b(x)[1] == np.asarray(wanted)
-    rows.append((*parts[0][:2], by_a, by_b, right, distances.frechet(real, vectors)))
+    rows.append((*parts[0][:2], by_a, by_b, right, frechet(real, vectors)))
   return rows
 
 
@@ -260,7 +277,7 @@ def show(rows, title: str) -> None:
   print("|---" * 7 + "|")
   for method, spent, by_a, by_b, right, distance in rows:
     cells = map(interval, (by_a, by_b, by_a - by_b, right))
-    print(f"| {method} | {spent} | " + " | ".join(cells) + f" | {distance:.3f} |")
+    print(f"| {method} | {spent} | " + " | ".join(cells) + " | {:.3f} ± {:.3f} |".format(*distance))
   print(flush=True)
 
 
@@ -273,9 +290,9 @@ def show_real(runs, b, c) -> None:
   ):
     wanted = jnp.asarray(labels)
     by_a, by_b = (np.asarray(log_probs(j, x, wanted)) for j in (runs[0].features, b))
-    distance = distances.frechet(c(runs[0].real.first)[0], c(x)[0])
+    distance = frechet(c(runs[0].real.first)[0], c(x)[0])
     cells = " | ".join(map(interval, (by_a, by_b, by_a - by_b, b(x)[1] == labels)))
-    print(f"| {name} ({len(x)}) | | {cells} | {distance:.3f} |")
+    print(f"| {name} ({len(x)}) | | {cells} | {distance[0]:.3f} ± {distance[1]:.3f} |")
   print(flush=True)
 
 
@@ -283,18 +300,22 @@ def plot(path: str, found: dict[str, list[tuple]]) -> None:
   """Log-probabilities by both verifiers, and the distance, against evaluations."""
   from matplotlib import figure
 
-  made = figure.Figure(figsize=(11, 6))
-  for axes, (title, rows) in zip(made.subplots(2, 3), found.items(), strict=True):
+  ticks = (STEPS, *budgets())
+  made = figure.Figure(figsize=(11, 3 * len(found)))
+  for axes, (title, rows) in zip(
+    made.subplots(len(found), 3, squeeze=False), found.items(), strict=True
+  ):
     names = dict.fromkeys(row[0] for row in rows)
     panels = ((lambda r: -r[2].mean(), "-log p by A"), (lambda r: -r[3].mean(), "-log p by B"))
-    panels += ((lambda r: r[5], "Frechet distance"),)
+    panels += ((lambda r: r[5][0], "Frechet distance"),)
     for axis, (value, label) in zip(axes, panels, strict=True):
       for name in names:
         shown = [row for row in rows if row[0] == name]
         axis.plot([r[1] for r in shown], [value(r) for r in shown], marker=".", label=name)
-      axis.set(xscale="log", yscale="log", xlabel="evaluations", ylabel=label, title=title)
-      axis.set_xticks((STEPS, *BUDGETS), [str(n) for n in (STEPS, *BUDGETS)])
-      axis.minorticks_off()
+      scale = "linear" if label.startswith("Frechet") else "log"
+      axis.set(xscale="log", yscale=scale, xlabel="evaluations", ylabel=label, title=title)
+      axis.set_xticks(ticks, [str(n) for n in ticks])
+      axis.set_xticks([], minor=True)
       axis.grid(alpha=0.3)
   axes[0].legend(fontsize=7)
   made.tight_layout()
@@ -313,9 +334,9 @@ def main(_) -> None:
   c = judge(runs[0], f"{folder}/c", 2, channels=8, num_features=32)
   print(f"{len(runs)} runs, {_IMAGES.value} images each; mean ± 1.96 standard errors over images\n")
   found, steps, made = {}, more_steps(runs[0]), programs(runs[0])
-  for title, told in (("class not told", False), ("class told", True)):
-    found[title] = measured(runs, steps, made, b, c, told)
-    show(found[title], title)
+  for told in _TOLD.value:
+    found[TITLES[told]] = measured(runs, steps, made, b, c, told == "yes")
+    show(found[TITLES[told]], TITLES[told])
   show_real(runs, b, c)
   if _FIGURE.value:
     plot(_FIGURE.value, found)
