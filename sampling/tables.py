@@ -156,8 +156,8 @@ def realise(expansion: Expansion) -> SolverTable:
   left. The number of slots is the rank of the span, so none could have fewer.
 
   Raises:
-    ValueError: a point uses an output or a noise that comes after it, or the first point is not a
-      combination of the input and z_start alone.
+    ValueError: a point uses an output or a noise that comes after it, the first point is not a
+      combination of the input and z_start alone, or a later one is of another such combination.
   """
   times, inputs, outputs, noises = expansion
   n, o = outputs.shape[1:]
@@ -165,6 +165,11 @@ def realise(expansion: Expansion) -> SolverTable:
     if np.any(outputs[i, i:]) or np.any(noises[i, i:]):
       raise ValueError(f"Point {i} uses an output or a noise of row {i} or later.")
   points = np.concatenate([inputs, outputs.reshape(n + 1, n * o), noises], axis=1)
+  turned = np.abs(inputs @ [inputs[0, 1], -inputs[0, 0]]) / np.linalg.norm(inputs[0])
+  if np.any(turned > 1e-6 * np.linalg.norm(points, axis=1)):
+    raise ValueError(
+      "A point has another mixture of x and z_start than the first: a table starts from one."
+    )
   slots, rows = points[n:], []
   for i in reversed(range(n)):
     own = [*range(2 + i * o, 2 + (i + 1) * o), 2 + n * o + i]

@@ -21,6 +21,7 @@ from ancestral.launch import (
   images,
   pixels,
   sample,
+  solver_search,
   solving,
   train,
 )
@@ -159,6 +160,28 @@ def test_a_table_in_a_file_is_a_solver(command, run, tmp_path):
     flags = [f"--solver={name}", "--evaluations=3", "--num_images=2"]
     assert command(sample, f"--workdir={run}", f"--output={outputs[-1]}", *flags).status == 0
   np.testing.assert_array_equal(*(np.load(output)["images"] for output in outputs))
+
+
+@pytest.mark.parametrize("method", solver_search.METHODS)
+def test_searched_solvers_are_files_that_sample_reads(command, run, tmp_path, method):
+  flags = [f"--method={method}", "--trajectories=4", "--reference=20", "--steps=1", "--nfe=3"]
+  outcome = command(solver_search, f"--workdir={run}", f"--tables={tmp_path}", *flags)
+  assert outcome.status == 0, outcome.err
+  path = tmp_path / f"solver_{method}_3.json"
+  assert tables.from_json(path.read_text()).num_rows == 3
+  output = tmp_path / "drawn.npz"
+  flags = [f"--solver={path}", f"--output={output}", "--num_images=2"]
+  assert command(sample, f"--workdir={run}", *flags).status == 0
+  assert np.load(output)["images"].shape[0] == 2
+
+
+@pytest.mark.parametrize(
+  "flag, message",
+  [("--method=lerned", "'lerned'; it is one of"), ("--nfe=1", "evaluations are 2 or more")],
+)
+def test_searches_that_cannot_be_are_one_line(command, run, flag, message):
+  outcome = command(solver_search, f"--workdir={run}", flag)
+  assert outcome.status != 0 and message in outcome.err
 
 
 def test_distances_their_floor_and_the_classifiers_name(command, run, tmp_path):

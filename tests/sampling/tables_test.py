@@ -126,3 +126,10 @@ def test_what_is_no_table_is_refused():
 def test_impossible_times_are_refused(times):
   with pytest.raises(ValueError, match="time"):
     tables.grid(schedules.rectified_flow(), times)
+
+
+def test_points_of_two_mixtures_of_input_and_noise_are_refused():
+  inputs = np.array([[1.0, 1.0], [1.0, 0.0]])
+  outputs = np.array([[[0.0]], [[1.0]]])
+  with pytest.raises(ValueError, match="another mixture of x and z_start"):
+    tables.realise(tables.Expansion(np.array([1.0, 0.0]), inputs, outputs, np.zeros((2, 1))))
