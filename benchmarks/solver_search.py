@@ -26,6 +26,7 @@ from ancestral.training import solver_learning, solver_search
 _TRAJECTORIES = flags.DEFINE_integer("trajectories", 256, "To fit to.")
 _STEPS = flags.DEFINE_integer("steps", 40, "Of a fit.")
 _GENERATIONS = flags.DEFINE_integer("generations", 12, "Of a search.")
+_METHODS = flags.DEFINE_list("methods", None, "Beginnings of the methods' names; all if unset.")
 _TARGETS = flags.DEFINE_list("targets", "modes,digits", "Of modes, digits, transfer.")
 
 CHAIN = fixed.CHAIN
@@ -157,6 +158,8 @@ def compare(target: exact_targets.Target, nfes: list[int]) -> list[tuple]:
       line(n, f"diffusers' best ({peer[0]})", peer[1])
       found.append((target.name, n, "diffusers' best", peer[1]))
     for name, make in methods(trained, n).items():
+      if _METHODS.value and not name.startswith(tuple(_METHODS.value)):
+        continue
       began = time.perf_counter()
       table = make()
       at = score(target, held_out, table)
