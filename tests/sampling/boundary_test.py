@@ -5,7 +5,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from ancestral.sampling import boundary
+from ancestral.models import schedules, toy
+from ancestral.sampling import boundary, grids, guidance, multistep, noise_search
 
 
 def linear(noise, conditions):
@@ -18,7 +19,8 @@ def test_the_best_noise_of_a_linear_sampler_is_the_shortest():
   conditions = jax.random.normal(jax.random.key(1), (10, 4))
   found = boundary.search(linear, candidates, conditions, conditions)
   lengths = np.sum(np.asarray(candidates) ** 2, 1)
-  np.testing.assert_allclose(found.errors, 0.25 * lengths / 4, rtol=1e-5)
+  expected = np.broadcast_to(0.25 * lengths[:, None] / 4, (50, 10))
+  np.testing.assert_allclose(found.errors, expected, rtol=1e-4)
   np.testing.assert_array_equal(found.noise, candidates[np.argmin(lengths)])
 
 
@@ -36,3 +38,45 @@ def test_it_is_the_best_on_others_too_where_noise_and_condition_interact():
 def test_pairs_have_to_match():
   with pytest.raises(ValueError, match="3 conditions for 2 targets"):
     boundary.search(linear, jnp.zeros((1, 2)), jnp.zeros((3, 2)), jnp.zeros((2, 2)))
+
+
+def test_the_distance_and_the_batch_are_the_callers():
+  """By brute force, of the largest error of an entry: another candidate than the mean square's."""
+  candidates = jnp.array([[1.0, 1.0, 1.0], [1.6, 0.0, 0.0]])
+  pairs = jnp.zeros((2, 3))
+  largest = lambda x, y: jnp.max(jnp.abs(x - y), axis=1)
+  square = boundary.search(linear, candidates, pairs, pairs, batch_size=2)
+  other = boundary.search(linear, candidates, pairs, pairs, distance=largest)
+  np.testing.assert_array_equal(square.noise, candidates[1])
+  np.testing.assert_array_equal(other.noise, candidates[0])
+  np.testing.assert_allclose(other.errors, [[0.5, 0.5], [0.8, 0.8]], rtol=1e-6)
+
+
+def test_of_a_guided_gaussian_diffusion_the_choice_is_that_of_the_closed_form():
+  """x_0 ~ N(0, d^2 I), two of four numbers seen exactly: the ODE's sample is a line in x_T.
+
+  The seen ones are y; the others are d z T / sqrt(T^2 + d^2), d z nearly: the best noise is the one
+  whose hidden part is nearest to the mean, 0, of what it stands for, on pairs and on others alike.
+  """
+  schedule, d = schedules.variance_exploding(20.0), 0.7
+  law = toy.GaussianMixture(jnp.ones(1), jnp.zeros((1, 4)), jnp.array([d**2]))
+  operator = jnp.eye(4)[:2]
+  table = multistep.dpmpp_2m(schedule, grids.to_zero(grids.log_snr(schedule, 60, end=0.005)))
+
+  def solve(noise, y):
+    denoise = toy.mixture_denoiser(law, schedule)
+    guided = guidance.pigdm(denoise, operator, y, 0.0, schedule, data_std=d)
+    return noise_search.of_table(guided, table)(noise)[0]
+
+  candidates = jax.random.normal(jax.random.key(5), (30, 4))
+  targets = d * jax.random.normal(jax.random.key(6), (400, 4))
+  pairs, others = targets[:200], targets[200:]
+  with jax.default_matmul_precision("highest"):
+    found = boundary.search(solve, candidates, pairs[:, :2], pairs, batch_size=10)
+  hidden = d * np.asarray(candidates)[:, None, 2:]
+  exact = lambda of: np.sum((hidden - np.asarray(of)[None, :, 2:]) ** 2, axis=2) / 4
+  np.testing.assert_allclose(found.errors, exact(pairs), atol=0.03)
+  best = int(np.argmin(exact(pairs).mean(axis=1)))
+  np.testing.assert_array_equal(found.noise, candidates[best])
+  held_out = exact(others).mean(axis=1)
+  assert held_out[best] < np.quantile(held_out, 0.1)
