@@ -4,6 +4,11 @@ A sample of a region with few data is changed much when it is noised and denoise
 takes it for something more common. That change is its minority score; a classifier of noisy data
 into classes of the score then guides sampling, as any classifier does (`guidance.classifier`).
 
+    scores = minority.score(keys, denoise, schedule, examples, t)
+    classes = minority.classes(scores, 100)  # train log_prob(x_t, t) -> [B, 100] on them
+    rare = lambda x, t: log_prob(x, t)[:, -1]
+    guided = guidance.classifier(denoise, rare, schedule, scale)
+
 Reference: Um et al. 2023, arXiv 2301.12334.
 """
 
@@ -44,10 +49,11 @@ def score(
     x: [B, ...], samples without noise.
     t: how much noise: enough that the denoiser has to guess. The paper has .9 of a chain of 1,000
       steps for CelebA.
-    num_noises: of the mean over z, as many evaluations.
+    num_noises: of the mean over z, as many evaluations. Five, the paper's, rank small images
+      loosely: the fewer entries, the more z.
     distance: the paper's is LPIPS, a network's; of no network, the squared error.
 
-  Reference: Um et al. 2023, arXiv 2301.12334, eq. 6.
+  Reference: Um et al. 2023, arXiv 2301.12334, section 3.
   """
   time = jnp.full(x.shape[:1], t)
   alpha, sigma = precondition.coefficients(schedule, x, time)
