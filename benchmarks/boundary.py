@@ -191,6 +191,18 @@ def trained(run: image_runs.Run):
   return denoise, experiment.config.diffusion.sigma_data
 
 
+def regression(points: np.ndarray, images: np.ndarray) -> str:
+  """PSNR of ridge regression from 4 x 4 to 8 x 8, no diffusion."""
+  operator, mean = np.asarray(OPERATOR, np.float64), points.mean(axis=0)
+  covariance = np.cov(points.T)
+  gain = covariance @ operator.T
+  gain = gain @ np.linalg.inv(operator @ gain + SEEN_STD**2 * np.eye(16))
+  made = mean + (images - mean) @ operator.T @ gain.T
+  values = psnr(np.mean(np.square(made - images), axis=1))
+  rng = np.random.default_rng(0)
+  return interval(np.array([rng.choice(values, len(values)).mean() for _ in range(1000)]))
+
+
 def main(_) -> None:
   """Prints a table for each number of evaluations."""
   points, images = steering.digits()
@@ -202,8 +214,9 @@ def main(_) -> None:
   else:
     law = toy.kernel_density(jnp.asarray(points, jnp.float32), steering.KERNEL)
     named = {"Exact denoiser": [(toy.mixture_denoiser(law, VE), float(np.std(points)))]}
+  points, images = np.asarray(points, np.float64), images[: _HELD_OUT.value]
   pairs = np.random.default_rng(3).permutation(points)[: _PAIRS.value]
-  images = images[: _HELD_OUT.value]
+  print(f"Linear regression: {regression(points, images)} dB")
   for name, denoisers in named.items():
     for nfe in map(int, _NFE.value):
       solve = functools.partial(solver, nfe=nfe)
