@@ -1,6 +1,6 @@
 """Active diffusion subsampling: what chosen measurements are worth, beside exact greedy choices.
 
-  python -m ancestral.benchmarks.acquisition                   # exact posteriors: a minute
+  python -m ancestral.benchmarks.acquisition                   # exact posteriors: two minutes
   python -m ancestral.launch.train --config=configs/image_diffusion.py --workdir=runs/dit \\
       --seeds=0,1,2
   python -m ancestral.benchmarks.acquisition --run=runs/dit --kinds=pixels --budgets=6,16 \\

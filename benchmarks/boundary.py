@@ -1,6 +1,6 @@
 """Chosen boundary noise for super-resolution: what it gains, and beside what costs nothing.
 
-  python -m ancestral.benchmarks.boundary                      # exact denoiser: a minute
+  python -m ancestral.benchmarks.boundary                      # half a minute; with a run, five
   python -m ancestral.launch.train --config=configs/image_diffusion.py --workdir=runs/dit \\
       --seeds=0,1,2
   python -m ancestral.benchmarks.boundary --run=runs/dit --figure=docs/figures/boundary.png
