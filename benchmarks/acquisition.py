@@ -22,7 +22,7 @@ import jax.numpy as jnp
 import numpy as np
 from absl import app, flags
 
-from ancestral.benchmarks import image_runs, steering
+from ancestral.benchmarks import exact_targets, image_runs
 from ancestral.evaluation import coverage
 from ancestral.models import base as models
 from ancestral.models import precondition, schedules
@@ -86,7 +86,7 @@ def of_particles(rng, rule, num: int):
 
 def gaussian(points: np.ndarray, seeds: int = 10) -> None:
   """Prints the errors that each rule leaves, of a Gaussian with the covariance of the points."""
-  covariance = np.cov(points.T) + steering.KERNEL**2 * np.eye(points.shape[1])
+  covariance = np.cov(points.T) + exact_targets.KERNEL**2 * np.eye(points.shape[1])
   print("\n### Gaussian of the digits' covariance: root mean square error, closed form\n")
   print("| rule | " + " | ".join(f"{b} pixels" for b in BUDGETS) + " |\n" + "|---" * 5 + "|")
   variances = np.diag(covariance)
@@ -122,7 +122,7 @@ def exact_guide(points: jax.Array, candidates: acquisition.Candidates) -> acquis
 
   Of a pixel, x_t and y are one observation whose precision is the sum of theirs.
   """
-  v = steering.KERNEL**2
+  v = exact_targets.KERNEL**2
 
   def guide(measured, y):
     seen = jnp.broadcast_to(measured[:, None], y.shape).astype(y.dtype)
@@ -253,7 +253,7 @@ def objects(name, runs, guide_of, candidates, budgets, images, spread) -> None:
 
 def main(_) -> None:
   """Prints the tables."""
-  points, images = steering.digits()
+  points, images = exact_targets.split_digits()
   if flags.FLAGS.run:
     runs = image_runs.load()
     experiment = runs[0].experiment

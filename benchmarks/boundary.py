@@ -21,7 +21,7 @@ import numpy as np
 import scipy.stats
 from absl import app, flags
 
-from ancestral.benchmarks import exact_targets, image_runs, steering
+from ancestral.benchmarks import exact_targets, image_runs
 from ancestral.models import base as models
 from ancestral.models import schedules, toy
 from ancestral.sampling import boundary, grids, guidance, multistep, noise_search
@@ -205,14 +205,14 @@ def regression(points: np.ndarray, images: np.ndarray) -> str:
 
 def main(_) -> None:
   """Prints a table for each number of evaluations."""
-  points, images = steering.digits()
+  points, images = exact_targets.split_digits()
   runs = image_runs.load() if flags.FLAGS.run else []
   if runs:
     examples = runs[0].experiment.examples
     points, images = examples.train.reshape(-1, 64), examples.test.reshape(-1, 64)
     named = {"Trained model": [trained(run) for run in runs]}
   else:
-    law = toy.kernel_density(jnp.asarray(points, jnp.float32), steering.KERNEL)
+    law = toy.kernel_density(jnp.asarray(points, jnp.float32), exact_targets.KERNEL)
     named = {"Exact denoiser": [(toy.mixture_denoiser(law, VE), float(np.std(points)))]}
   points, images = np.asarray(points, np.float64), images[: _HELD_OUT.value]
   pairs = np.random.default_rng(3).permutation(points)[: _PAIRS.value]

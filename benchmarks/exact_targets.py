@@ -26,13 +26,22 @@ def four_modes() -> Target:
   return Target("4 modes in 2-D", np.array([0.3, 0.3, 0.2, 0.2]), means, variances)
 
 
+KERNEL = 0.15  # deviation about each digit
+
+
 def digits() -> Target:
-  """The 1797 digits of 8 x 8 pixels in [-1, 1], each with a kernel of deviation 0.15."""
+  """The 1797 digits of 8 x 8 pixels in [-1, 1], each with a kernel of deviation KERNEL."""
   from sklearn import datasets
 
   points = datasets.load_digits().data / 8 - 1
   num = len(points)
-  return Target("digits in 64-D", np.full(num, 1 / num), points, np.full(num, 0.15**2))
+  return Target("digits in 64-D", np.full(num, 1 / num), points, np.full(num, KERNEL**2))
+
+
+def split_digits() -> tuple[np.ndarray, np.ndarray]:
+  """1,500 of the digits, for a density, and the 297 others, [N, 64]."""
+  points = np.random.default_rng(0).permutation(digits().means)
+  return points[:1500], points[1500:]
 
 
 def distances(points: np.ndarray, means: np.ndarray) -> np.ndarray:

@@ -23,11 +23,11 @@ import scipy.special
 import scipy.stats
 from absl import app, flags
 
-from ancestral.benchmarks import image_runs, steering
+from ancestral.benchmarks import image_runs
 from ancestral.evaluation import coverage, distances
 from ancestral.models import base as models
-from ancestral.models import classifier, toy
-from ancestral.sampling import base, guidance, minority, solvers
+from ancestral.models import classifier, schedules, toy
+from ancestral.sampling import base, grids, guidance, minority, multistep, solvers
 
 _FIGURE = flags.DEFINE_string("figure", None, "File for the figure.")
 _SAMPLES = flags.DEFINE_integer("samples", 500, "Digits to draw at each scale.")
@@ -37,9 +37,16 @@ SCORED_AT = 1.0  # noise level of the digits' scores that make classes
 LEVELS = 0.5, 1.0, 2.0
 NOISES = 20  # of a mean; with the paper's five, five others rank the digits otherwise
 SCALES = 0.0, 0.5, 1.0, 2.0
+SCHEDULE = schedules.variance_exploding(20.0)
+TABLE = multistep.dpmpp_2m(SCHEDULE, grids.to_zero(grids.log_snr(SCHEDULE, 9, end=0.05)))
 MODES = toy.GaussianMixture(
   jnp.array([0.9, 0.1]), jnp.array([[1.0, 0.5], [-1.5, -1.0]]), jnp.array([0.1, 0.1])
 )
+
+
+def keys_of(num: int, seed: int) -> base.Keys:
+  """One key a row."""
+  return base.row_keys(jax.random.key(seed), jnp.arange(num))
 
 
 def rank_correlation(pairs: np.ndarray) -> float:
@@ -58,28 +65,26 @@ def plane(num: int = 1000) -> None:
   """Prints rank correlations, and what guidance towards the last class gives by scale."""
   x = toy.mixture_sample(jax.random.key(0), MODES, num)
   law = toy.kernel_density(x, 0.1)
-  denoise = toy.mixture_denoiser(law, steering.SCHEDULE)
+  denoise = toy.mixture_denoiser(law, SCHEDULE)
   unlikely = lambda x: -np.asarray(toy.mixture_log_prob(MODES, x))
   rare = lambda x: np.asarray(x[:, 0] < -0.25, float)
   print("| noise | rank correlation with -log density | the rare mode's share of the last class |")
   print("|---|---|---|")
   for level in (0.3, 0.5, 1.0, 1.5, 2.0, 4.0):
-    keys = steering.keys_of(num, 1)
-    scores = minority.score(keys, denoise, steering.SCHEDULE, x, level, num_noises=20)
+    keys = keys_of(num, 1)
+    scores = minority.score(keys, denoise, SCHEDULE, x, level, num_noises=20)
     last = np.asarray(minority.classes(scores, CLASSES)) == CLASSES - 1
     pairs = np.stack([scores, unlikely(x)], axis=1)
     found = with_interval(pairs, rank_correlation), with_interval(rare(x)[last])
     print(f"| {level} | {found[0]} | {found[1]} |", flush=True)
-  keys = steering.keys_of(num, 1)
-  scores = minority.score(keys, denoise, steering.SCHEDULE, x, 1.5, num_noises=20)
+  keys = keys_of(num, 1)
+  scores = minority.score(keys, denoise, SCHEDULE, x, 1.5, num_noises=20)
   classes = minority.classes(scores, CLASSES)
-  log_prob = toy.class_log_prob(law, classes, CLASSES, steering.SCHEDULE)
+  log_prob = toy.class_log_prob(law, classes, CLASSES, SCHEDULE)
   print("\n| scale | rare mode | -log density |\n|---|---|---|")
   for scale in SCALES:
-    guided = guidance.classifier(
-      denoise, lambda x, t: log_prob(x, t)[:, -1], steering.SCHEDULE, scale
-    )
-    made = solvers.sample(steering.keys_of(num, 2), guided, steering.TABLE, jnp.zeros((num, 2)))
+    guided = guidance.classifier(denoise, lambda x, t: log_prob(x, t)[:, -1], SCHEDULE, scale)
+    made = solvers.sample(keys_of(num, 2), guided, TABLE, jnp.zeros((num, 2)))
     print(
       f"| {scale} | {with_interval(rare(made))} | {with_interval(unlikely(made))} |", flush=True
     )
@@ -127,7 +132,7 @@ class Digits(NamedTuple):
       denoise = self.denoiser(labels)
       return minority.score(keys, denoise, noising, x, level, num_noises=num_noises)
 
-    return np.asarray(score(steering.keys_of(len(x), seed), jnp.asarray(x), jnp.asarray(labels)))
+    return np.asarray(score(keys_of(len(x), seed), jnp.asarray(x), jnp.asarray(labels)))
 
   def log_losses(self, x: np.ndarray) -> np.ndarray:
     """-log density of images that are not the training images."""
@@ -186,7 +191,7 @@ def guided_digits(digits: Digits, log_prob, labels: np.ndarray, scale: float) ->
   last = lambda x, t: log_prob(x, t)[:, -1]
   guided = guidance.classifier(digits.denoiser(jnp.asarray(labels)), last, noising, scale)
   table = image_runs.table(digits.run, "dpmpp_2m", 20)
-  keys = base.row_keys(jax.random.key(7), jnp.arange(num))
+  keys = keys_of(num, 7)
   draw = lambda keys: solvers.sample(keys, guided, table, jnp.zeros((num, 8, 8, 1)))
   return np.asarray(jax.jit(draw)(keys))
 

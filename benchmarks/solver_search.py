@@ -61,7 +61,7 @@ def score(
   target: exact_targets.Target, held_out: solver_learning.Teacher, table: tables.SolverTable
 ) -> exact_targets.Score:
   """RMS, median and share in another mode, of noise that was not fitted to."""
-  made = solver_learning.samples(held_out, table)
+  made = np.asarray(solver_learning.trajectory(held_out, table).sample)
   return exact_targets.score(target, made, np.asarray(held_out.samples))
 
 

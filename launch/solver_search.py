@@ -36,17 +36,9 @@ _STEPS = absl_flags.DEFINE_integer(
   "steps", 20, "Of a fit, or generations of a search.", lower_bound=1
 )
 _TABLES = absl_flags.DEFINE_string("tables", None, "Folder for the tables; the workdir if unset.")
-READS = (
-  flags.WORKDIR,
-  flags.STEP,
-  flags.AVERAGE_STD,
-  flags.LAST,
-  flags.BEST,
-  _NFE,
-  _METHOD,
-  _TRAJECTORIES,
-)
-READS += (_REFERENCE, _STEPS, _TABLES, draws.SEED, solving.GUIDANCE)
+READS = (flags.WORKDIR, flags.STEP, flags.AVERAGE_STD, flags.LAST, flags.BEST)
+READS += (_NFE, _METHOD, _TRAJECTORIES, _REFERENCE, _STEPS, _TABLES)
+READS += (draws.SEED, solving.GUIDANCE)
 
 _FINE = 40  # times that searches choose from
 
@@ -62,9 +54,18 @@ class Search(NamedTuple):
   steps: int
 
 
-def _fixed(search: Search, n: int) -> dict[str, tables.SolverTable]:
-  """The named solvers without noise, on every grid, of n evaluations."""
-  found = {}
+class Named(NamedTuple):
+  """A named solver on a named grid."""
+
+  error: float
+  solver: str
+  grid: str
+  table: tables.SolverTable
+
+
+def ranked(search: Search, n: int) -> list[Named]:
+  """The named solvers without noise, on every grid, of n evaluations, the best first."""
+  found = []
   for solver in solving.SOLVERS:
     for grid in solving.GRIDS:
       try:
@@ -74,45 +75,48 @@ def _fixed(search: Search, n: int) -> dict[str, tables.SolverTable]:
       except ValueError:  # it evaluates more than that in a step
         continue
       if table.noise is None and table.num_rows == n:
-        found[f"{solver}, {grid}"] = table
-  return found
+        found.append(Named(solver_learning.error(search.teacher, table), solver, grid, table))
+  return sorted(found, key=lambda named: named.error)
 
 
-def ranked(search: Search, n: int) -> list[tuple[float, str, tables.SolverTable]]:
-  """(error, name, table) of the named solvers of n evaluations, the best first."""
-  tried = _fixed(search, n).items()
-  scored = [(solver_learning.error(search.teacher, table), name, table) for name, table in tried]
-  return sorted(scored, key=lambda item: item[0])
+def best_multistep(search: Search, best: list[Named]) -> Named:
+  """The best that evaluates once a step, so that its times are a grid."""
+  for named in best:
+    times = named.table.times
+    if np.all(np.diff(times) < 0):
+      made = solving.SOLVERS[named.solver](search.schedule, times)
+      if made.num_rows == named.table.num_rows:
+        return named
+  raise ValueError("No named solver evaluates once a step.")
 
 
-def learned(search: Search, best: list, n: int) -> tables.SolverTable:
+def learned(search: Search, best: list[Named], n: int) -> tables.SolverTable:
   """Every coefficient, from the two best of the named solvers."""
-  fit = functools.partial(
-    solver_learning.learned, search.teacher, search.schedule, max_steps=search.steps
-  )
-  return min((fit(table) for _, _, table in best[:2]), key=lambda found: found.after).table
+  fits = [
+    solver_learning.learned(search.teacher, search.schedule, named.table, max_steps=search.steps)
+    for named in best[:2]
+  ]
+  return min(fits, key=lambda found: found.after).table
 
 
-def grid(search: Search, best: list, n: int) -> tables.SolverTable:
-  """The best of the named solvers on a grid of its own."""
-  _, name, table = best[0]
-  solver = solving.SOLVERS[name.split(",")[0]]
-  if table.num_rows != n or len(np.unique(table.times)) != n + 1:
-    solver = multistep.dpmpp_2m  # one evaluation a step
+def grid(search: Search, best: list[Named], n: int) -> tables.SolverTable:
+  """The best of the named solvers of one evaluation a step, on a grid of its own."""
+  named = best_multistep(search, best)
+  solver, times = solving.SOLVERS[named.solver], named.table.times
   return solver_learning.tuned_grid(
-    search.teacher, search.schedule, solver, table.times, max_steps=search.steps
+    search.teacher, search.schedule, solver, times, max_steps=search.steps
   ).table
 
 
-def compensated(search: Search, best: list, n: int) -> tables.SolverTable:
+def compensated(search: Search, best: list[Named], n: int) -> tables.SolverTable:
   """DC-Solver on the grid of the best."""
-  times = best[0][2].times
+  times = best_multistep(search, best).table.times
   return solver_learning.compensated(
     search.teacher, search.schedule, times, max_steps=search.steps
   ).table
 
 
-def time_steps(search: Search, best: list, n: int) -> tables.SolverTable:
+def time_steps(search: Search, best: list[Named], n: int) -> tables.SolverTable:
   """AutoDiffusion's search over times, of DPM-Solver++ 2M."""
   sizes = solver_search.EVOLUTION._replace(generations=search.steps)
   loss = functools.partial(solver_learning.error, search.teacher)
@@ -121,43 +125,28 @@ def time_steps(search: Search, best: list, n: int) -> tables.SolverTable:
   ).table
 
 
-def strategies(search: Search, best: list, n: int) -> tables.SolverTable:
+def strategies(search: Search, best: list[Named], n: int) -> tables.SolverTable:
   """S^3's search over times and choices, beginning with the named solvers' grids."""
   sizes = solver_search.SCREENED._replace(generations=search.steps)
   loss = functools.partial(solver_learning.error, search.teacher)
-  places = solver_search.nearest_places(search.fine, best[0][2].times)
+  places = solver_search.nearest_places(search.fine, best_multistep(search, best).table.times)
   seeds = [solver_search.genes_of(places, order, form) for order in (2, 3) for form in (0, 1)]
   return solver_search.strategies(
     search.rng, loss, search.schedule, search.fine, n, evolution=sizes, seeds=seeds
   ).table
 
 
-def gits(search: Search, best: list, n: int) -> tables.SolverTable:
-  """Dynamic programming over local errors of DDIM, then the best solver's rule: 2M."""
-  z = search.teacher.noise
-  times, states, denoised = [], [], []
+def gits(search: Search, best: list[Named], n: int) -> tables.SolverTable:
+  """DPM-Solver++ 2M on times chosen by dynamic programming over local errors of DDIM."""
   table = multistep.dpmpp_3m(search.schedule, search.fine)
-  x = table.start[1] * z
-  denoise = functools.partial(search.teacher.denoise, search.teacher.context)
-  slots = np.zeros((table.carry.shape[1], *z.shape))
-  slots[0] = x
-  for i in range(table.num_rows):
-    output = np.asarray(denoise(jnp.asarray(slots[0], z.dtype), jnp.full(len(z), table.times[i])))
-    times.append(table.times[i])
-    states.append(slots[0])
-    denoised.append(output)
-    slots = np.tensordot(table.carry[i], slots, 1) + np.multiply.outer(
-      table.output[i, :, 0], output
-    )
-  times.append(table.times[-1])
-  costs = grids.local_errors(
-    search.schedule, np.array(times), np.stack([*states, slots[0]]), np.stack(denoised)
-  )
+  points, outputs, sample = solver_learning.trajectory(search.teacher, table)
+  states = np.concatenate([points, sample[None]])
+  costs = grids.local_errors(search.schedule, table.times, states, np.asarray(outputs[:, 0]))
   chosen = grids.dynamic_programming(costs, n, gamma=1.15)
   return multistep.dpmpp_2m(search.schedule, search.fine[chosen])
 
 
-METHODS: dict[str, Callable[[Search, list, int], tables.SolverTable]] = {
+METHODS: dict[str, Callable[[Search, list[Named], int], tables.SolverTable]] = {
   "learned": learned,
   "grid": grid,
   "compensated": compensated,
@@ -187,21 +176,7 @@ def teachers(
   return [solver_learning.teacher(denoise, (params, labels), z, table) for z in noise]
 
 
-def prepare(
-  experiment: images.Experiment, params: Any, config: fields.Config, seed: int, num: int, fine: int
-) -> tuple[Search, solver_learning.Teacher]:
-  """The search, and the held-out trajectories."""
-  fitted, held_out = teachers(experiment, params, config, seed, num, fine)
-  start, end = (
-    float(experiment.noising.time(-np.log(r))) for r in (config.noisiest, config.cleanest)
-  )
-  start = min(start, experiment.noising.max_time)
-  times = grids.to_zero(grids.karras(experiment.noising, _FINE, start=start, end=end))
-  rng = np.random.default_rng(seed)
-  return Search(experiment.noising, config, fitted, times, rng, _STEPS.value), held_out
-
-
-def _prepare(wanted):
+def _prepare(wanted) -> tuple[Search, solver_learning.Teacher]:
   """The search, and the held-out trajectories, as the flags say."""
   experiment, params, _ = experiment_lib.restore_params(**wanted)
   if not isinstance(experiment, images.Experiment):
@@ -211,9 +186,14 @@ def _prepare(wanted):
   for text in _NFE.value:
     if not text.isdigit() or int(text) < 2:
       raise ValueError(f"--nfe={text}: numbers of evaluations are 2 or more.")
-  config = solving.chosen(experiment.config)
-  seed = draws.SEED.value
-  return prepare(experiment, params, config, seed, _TRAJECTORIES.value, _REFERENCE.value)
+  config, seed = solving.chosen(experiment.config), draws.SEED.value
+  fitted, held_out = teachers(
+    experiment, params, config, seed, _TRAJECTORIES.value, _REFERENCE.value
+  )
+  start, end = solving.span(experiment.noising, config)
+  times = grids.to_zero(grids.karras(experiment.noising, _FINE, start=start, end=end))
+  rng = np.random.default_rng(seed)
+  return Search(experiment.noising, config, fitted, times, rng, _STEPS.value), held_out
 
 
 def main(_: Sequence[str]) -> None:
@@ -227,8 +207,8 @@ def main(_: Sequence[str]) -> None:
   shown = rich.table.Table("evaluations", "solver", "error fitted", "held out", "seconds", "file")
   for n in map(int, _NFE.value):
     best = ranked(search, n)
-    row = [f"{best[0][0]:.4f}", f"{solver_learning.error(held_out, best[0][2]):.4f}"]
-    shown.add_row(str(n), f"best named: {best[0][1]}", *row, "", "")
+    row = [f"{best[0].error:.4f}", f"{solver_learning.error(held_out, best[0].table):.4f}"]
+    shown.add_row(str(n), f"best named: {best[0].solver}, {best[0].grid}", *row, "", "")
     for name in _METHOD.value:
       began = time.perf_counter()
       table = METHODS[name](search, best, n)

@@ -2,7 +2,6 @@
 
 import functools
 import pathlib
-from collections.abc import Callable, Sequence
 from typing import Any
 
 import ml_collections
@@ -13,10 +12,8 @@ from ..models import schedules
 from ..sampling import ancestral, correctors, forms, grids, multistep, singlestep, tables
 from . import fields
 
-Solver = Callable[[schedules.Schedule, Sequence[float]], tables.SolverTable]
 
-
-def _steps(step: multistep.Step) -> Solver:
+def _steps(step: multistep.Step) -> tables.Solver:
   return functools.partial(_singlestep, step)
 
 
@@ -28,7 +25,7 @@ _of = functools.partial
 _DEIS = _of(multistep.deis, variable=forms.log_snr)
 
 # Deterministic, then stochastic.
-SOLVERS: dict[str, Solver] = {
+SOLVERS: dict[str, tables.Solver] = {
   "ddim": ancestral.ddim,
   "heun": _steps(singlestep.heun(forms.noise())),
   "rk4": _steps(singlestep.rk4(forms.noise())),
@@ -81,6 +78,12 @@ def chosen(config: fields.Config) -> fields.Config:
   return made
 
 
+def span(schedule: schedules.Schedule, config: fields.Config) -> tuple[float, float]:
+  """The times of the noise ratios `noisiest` (or the schedule's last) and `cleanest`."""
+  start, end = (float(schedule.time(-np.log(r))) for r in (config.noisiest, config.cleanest))
+  return min(start, schedule.max_time), end
+
+
 def table(
   schedule: schedules.Schedule, config: fields.Config, **instead: Any
 ) -> tables.SolverTable:
@@ -100,8 +103,7 @@ def table(
     return tables.from_json(pathlib.Path(config.solver).read_text())
   solver = fields.choose("evaluation.solver", config.solver, SOLVERS)
   grid = fields.choose("evaluation.grid", config.grid, GRIDS)
-  start, end = (float(schedule.time(-np.log(r))) for r in (config.noisiest, config.cleanest))
-  start = min(start, schedule.max_time)
+  start, end = span(schedule, config)
 
   def at(num_steps):
     return solver(schedule, grids.to_zero(grid(schedule, num_steps - 1, start=start, end=end)))

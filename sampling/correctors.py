@@ -58,7 +58,7 @@ def predictor_corrector(
   return path.table(x, times[-1])
 
 
-def with_new(known, seen):
+def with_new(known: Sequence[forms.Evaluation], seen: forms.Evaluation) -> list[forms.Evaluation]:
   """Nodes of a corrector: the evaluation that the step starts from, the new one, the others."""
   return [known[0], seen, *known[1:]]
 

@@ -1,4 +1,4 @@
-"""Solvers made of solvers: a table's points replayed with other outputs than the model's own.
+"""Solvers made of solvers: a table's points with other outputs than the model's own.
 
 A table says how its points follow from outputs. Where an output is replaced by a combination of
 what is known by then, the points are linear in what remains, and the result is a table again:
@@ -18,7 +18,7 @@ from ..models import precondition, schedules
 from . import tables
 
 
-def replayed(
+def substituted(
   table: tables.SolverTable,
   path: tables.Path,
   replace: Callable[[int, np.ndarray], np.ndarray],
@@ -72,7 +72,7 @@ def dualfast(
     reference: r, the first row unless another is given.
 
   Raises:
-    ValueError: strengths not as many as rows, no such row, or as `replayed`.
+    ValueError: strengths not as many as rows, no such row, or as `substituted`.
 
   Reference: Yu et al. 2025, arXiv 2506.13058; how c falls is an argument here, a line by default.
   """
@@ -90,7 +90,7 @@ def dualfast(
       return output
     return output - mix[i] * sigma[i] / alpha[i] * (noise[i] - noise[reference])
 
-  return replayed(table, path, replace)
+  return substituted(table, path, replace)
 
 
 def analytic_first_step(
@@ -110,7 +110,7 @@ def analytic_first_step(
     std: of the data.
 
   Raises:
-    ValueError: the table is of another kind, or as `replayed`.
+    ValueError: the table is of another kind, or as `substituted`.
 
   Reference: Dockhorn et al. 2022 (GENIE), arXiv 2210.05475 (analytic first step, with
     std = 0); Karras et al. 2022, arXiv 2206.00364, c_skip, is the gain of std.
@@ -121,7 +121,7 @@ def analytic_first_step(
   alpha, sigma = schedule.alpha(table.times[0]), schedule.sigma(table.times[0])
   gain = alpha * std**2 / (alpha**2 * std**2 + sigma**2)
   replace = lambda i, point: path.evaluate(point, table.times[i]) if i else gain * point
-  return replayed(table, path, replace)
+  return substituted(table, path, replace)
 
 
 def centred(

@@ -19,7 +19,7 @@ import jax.numpy as jnp
 
 from ..models import base as models
 from ..models import precondition, schedules
-from . import base
+from . import base, solvers
 
 # (x [B, ...], y [B, ...]) -> [B]
 Distance = Callable[[jax.Array, jax.Array], jax.Array]
@@ -60,8 +60,7 @@ def score(
 
   def one(i):
     at = base.row_keys_at(keys, jnp.full(keys.shape, i))
-    z = jax.vmap(lambda key: jax.random.normal(key, x.shape[1:], x.dtype))(at)
-    return distance(x, denoise(alpha * x + sigma * z, time))
+    return distance(x, denoise(alpha * x + sigma * solvers.white(at, None, x), time))
 
   return jnp.mean(jax.lax.map(one, jnp.arange(num_noises)), axis=0)
 

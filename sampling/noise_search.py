@@ -208,7 +208,7 @@ class Plan(NamedTuple):
 
 def plan(
   schedule: schedules.Schedule,
-  solver: Callable[[schedules.Schedule, Sequence[float]], tables.SolverTable],
+  solver: tables.Solver,
   descent: Sequence[float],
   rounds: Sequence[Sequence[float]],
 ) -> Plan:

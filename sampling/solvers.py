@@ -114,10 +114,18 @@ def sample(
   return state.slots[:, 0]
 
 
-def replayed(
+class Trajectory(NamedTuple):
+  """The way of a solver."""
+
+  points: jax.Array  # [n, B, ...], where the model was evaluated
+  outputs: jax.Array  # [n, o, B, ...]
+  sample: jax.Array  # [B, ...]
+
+
+def trajectory(
   denoise: models.Denoiser, expansion: tables.Expansion, x: jax.Array, z: jax.Array
-) -> jax.Array:
-  """The sample [B, ...] of an expanded table that draws no noise after z.
+) -> Trajectory:
+  """The points of an expanded table that draws no noise after z, and its sample.
 
     point_i = inputs[i] . (x, z) + sum_j outputs[i, j] . m_j,    m_i = denoise(point_i, times[i])
 
@@ -140,10 +148,12 @@ def replayed(
 
   def row(seen, at):
     i, time, inputs, outputs = at
-    made = denoise(point(inputs, outputs, seen), jnp.full(z.shape[:1], time))
+    here = point(inputs, outputs, seen)
+    made = denoise(here, jnp.full(z.shape[:1], time))
     made = jnp.stack(made if isinstance(made, tuple) else (made,)).astype(z.dtype)
-    return seen.at[i].set(made), None
+    return seen.at[i].set(made), here
 
   seen = jnp.zeros((n, o, *z.shape), z.dtype)
-  seen, _ = jax.lax.scan(row, seen, (jnp.arange(n), times[:-1], inputs[:-1], outputs[:-1]))
-  return point(inputs[-1], outputs[-1], seen)
+  rows = jnp.arange(n), times[:-1], inputs[:-1], outputs[:-1]
+  seen, points = jax.lax.scan(row, seen, rows)
+  return Trajectory(points, seen, point(inputs[-1], outputs[-1], seen))

@@ -16,7 +16,7 @@ one evaluation to the next; `solvers.tabulated` runs it.
 """
 
 import json
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
 import numpy as np
@@ -48,6 +48,10 @@ class SolverTable(NamedTuple):
   def num_rows(self) -> int:
     """n, the number of evaluations."""
     return self.carry.shape[0]
+
+
+# (schedule, times [n + 1]) -> table, for models of this schedule
+Solver = Callable[[schedules.Schedule, Sequence[float]], SolverTable]
 
 
 class Expansion(NamedTuple):

@@ -7,8 +7,7 @@
 A solver of n evaluations has about n^2 / 2 + 2 n coefficients, its `tables.Expansion`, and what it
 is off by is a vector of as many numbers as there are numbers in the samples. So it is fitted by
 least squares (Levenberg and Marquardt's, in scipy's trust-region form) from a solver that is good
-already, which takes tens of steps where stochastic gradients take thousands. The network is not
-trained.
+already, in some tens of steps, with the Jacobian through the sampler. The network is not trained.
 
 `fitted` is for families with few parameters, of which nothing is differentiable but the table is
 known: the places of a grid (`tuned_grid`), the ratios of DC-Solver (`compensated`).
@@ -52,31 +51,27 @@ class Fitted(NamedTuple):
   num_runs: int  # of the sampler, Jacobians counted as one for each parameter
 
 
-def teacher(
-  denoise: ModelOf,
-  context: Any,
-  noise: jax.Array,
-  table: tables.SolverTable,
-) -> Teacher:
+def teacher(denoise: ModelOf, context: Any, noise: jax.Array, table: tables.SolverTable) -> Teacher:
   """The teacher whose samples are those of an accurate table, from x = 0 and this noise."""
-  return Teacher(
-    denoise, context, noise, _run(denoise, context, noise, _traced(_quiet(tables.expand(table))))
-  )
+  return Teacher(denoise, context, noise, _run(denoise, context, noise, _quiet(table)).sample)
 
 
-def samples(teacher: Teacher, table: tables.SolverTable) -> np.ndarray:
-  """What a table makes of the teacher's noise, [B, ...].
+def trajectory(teacher: Teacher, table: tables.SolverTable) -> solvers.Trajectory:
+  """The way of a table from the teacher's noise.
 
   Raises:
     ValueError: the table draws noise.
   """
-  expansion = _traced(_quiet(tables.expand(table)))
-  return np.asarray(_run(teacher.denoise, teacher.context, teacher.noise, expansion))
+  return _run(teacher.denoise, teacher.context, teacher.noise, _quiet(table))
 
 
 def error(teacher: Teacher, table: tables.SolverTable) -> float:
-  """Root mean square over all numbers of what the table is off by; infinite if it is not finite."""
-  off = samples(teacher, table) - np.asarray(teacher.samples)
+  """Root mean square over all numbers of what the table is off by; infinite if it is not finite.
+
+  Raises:
+    ValueError: the table draws noise.
+  """
+  off = np.asarray(trajectory(teacher, table).sample) - np.asarray(teacher.samples)
   root = float(np.sqrt(np.mean(np.square(off, dtype=np.float64))))
   return root if np.isfinite(root) else np.inf
 
@@ -87,13 +82,11 @@ def learned(
   table: tables.SolverTable,
   *,
   max_steps: int = 60,
-  loss: str = "linear",
-  scale: float = 0.05,
   chunk: int = 8,
 ) -> Fitted:
   """Every coefficient of a solver, and the time at which each evaluation is made, fitted.
 
-    minimise sum_b rho(| replay(expansion, z_b) - x_b |^2)  over times, inputs and outputs
+    minimise sum_b | sample(expansion, z_b) - x_b |^2  over times, inputs and outputs
 
   from a table's. The times are log-SNRs at which the model is called: they are bounded by the
   schedule's own but not ordered. All explicit solvers of n evaluations are in the space, so the
@@ -106,8 +99,6 @@ def learned(
     schedule: of the model.
     table: to begin with, of n evaluations that all have noise and signal.
     max_steps: of the optimiser, each one Jacobian.
-    loss: scipy's rho: "linear" is the squares', "soft_l1" counts samples that are far off less.
-    scale: of rho, what is far, in the units of the samples.
     chunk: columns of the Jacobian made at once.
 
   Raises:
@@ -116,34 +107,24 @@ def learned(
   Reference: Shaul et al. 2023 (Bespoke solvers), arXiv 2310.19075, learn coefficients by stochastic
     gradients.
   """
-  family = _Coefficients(_quiet(tables.expand(table)), schedule)
-  bounds = family.bounds()
-
-  @jax.jit
-  def residual(data, vector):
-    context, noise, samples = data
-    run = _run(teacher.denoise, context, noise, family.expansion(vector))
-    return (run - samples).ravel()
-
-  @jax.jit
-  def jacobian(data, vector):
-    of = functools.partial(residual, data)
-    column = lambda tangent: jax.jvp(of, (vector,), (tangent,))[1]
-    return jax.lax.map(column, jnp.eye(vector.size, dtype=vector.dtype), batch_size=chunk)
-
-  data, dtype = (teacher.context, teacher.noise, teacher.samples), teacher.noise.dtype
+  base = _quiet(table)
+  first = _vector(base, schedule)
+  low = np.full(first.size, -np.inf)
+  low[: table.num_rows] = schedules.half_log_snr(schedule, schedule.max_time)
+  high = np.where(np.arange(first.size) < table.num_rows, _CLEANEST, np.inf)
+  data, dtype = teacher[1:], teacher.noise.dtype
+  run = functools.partial(_residual, teacher.denoise, schedule, data, base)
+  slopes = functools.partial(_jacobian, teacher.denoise, schedule, chunk, data, base)
   found = _least_squares(
-    lambda v: np.asarray(residual(data, jnp.asarray(v, dtype)), np.float64),
-    np.clip(family.first, *bounds),
-    jac=lambda v: np.asarray(jacobian(data, jnp.asarray(v, dtype)), np.float64).T,
-    bounds=bounds,
+    lambda v: np.asarray(run(jnp.asarray(v, dtype)), np.float64),
+    np.clip(first, low, high),
+    jac=lambda v: np.asarray(slopes(jnp.asarray(v, dtype)), np.float64).T,
+    bounds=(low, high),
     max_nfev=max_steps,
-    loss=loss,
-    f_scale=scale,
   )
-  made = tables.realise(_host(family.expansion(jnp.asarray(found.x))))
-  runs = found.nfev + found.njev * family.first.size
-  return Fitted(made, error(teacher, table), error(teacher, made), found.x, runs)
+  arrays = _expansion(schedule, base, jnp.asarray(found.x))
+  made = tables.realise(tables.Expansion(*(np.asarray(array, np.float64) for array in arrays)))
+  return _result(teacher, table, made, found)
 
 
 def fitted(
@@ -152,9 +133,6 @@ def fitted(
   start: np.ndarray,
   *,
   max_steps: int = 30,
-  loss: str = "linear",
-  scale: float = 0.05,
-  step: float = 1e-3,
 ) -> Fitted:
   """The member of a family of tables that is nearest to the teacher, by finite differences.
 
@@ -162,30 +140,25 @@ def fitted(
     teacher: see `learned`.
     make: parameters [P] -> table, of as many evaluations whatever they are.
     start: [P], to begin with.
-    max_steps, loss, scale: see `learned`.
-    step: of the differences; the error of a run in float32 is about 1e-6.
+    max_steps: see `learned`.
   """
-  expansion = lambda v: _traced(_quiet(tables.expand(make(v))))
   target = np.asarray(teacher.samples, np.float64).ravel()
 
   def residual(v):
-    run = _run(teacher.denoise, teacher.context, teacher.noise, expansion(v))
-    return np.nan_to_num(np.asarray(run, np.float64).ravel() - target, nan=1e3)
+    run = np.asarray(trajectory(teacher, make(v)).sample, np.float64).ravel()
+    return np.nan_to_num(run - target, nan=1e3)
 
   start = np.asarray(start, np.float64)
-  before = error(teacher, make(start))
-  found = _least_squares(
-    residual, start, diff_step=step, max_nfev=max_steps, loss=loss, f_scale=scale
-  )
-  runs = found.nfev + found.njev * start.size
-  return Fitted(make(found.x), before, error(teacher, make(found.x)), found.x, runs)
-
-
-Solver = Callable[[schedules.Schedule, Sequence[float]], tables.SolverTable]
+  found = _least_squares(residual, start, diff_step=_STEP, max_nfev=max_steps)
+  return _result(teacher, make(start), make(found.x), found)
 
 
 def tuned_grid(
-  teacher: Teacher, schedule: schedules.Schedule, solver: Solver, times: np.ndarray, **settings: Any
+  teacher: Teacher,
+  schedule: schedules.Schedule,
+  solver: tables.Solver,
+  times: np.ndarray,
+  **settings: Any,
 ) -> Fitted:
   """A fixed solver on its best grid: log-SNR steps exp(g_i), fitted from those of `times`.
 
@@ -194,14 +167,15 @@ def tuned_grid(
   Args:
     teacher: see `learned`.
     schedule: of the model.
-    solver: (schedule, times) -> table.
+    solver: of one evaluation a step.
     times: [n + 1], falling, to begin with; all but a last 0 of finite log-SNR.
     settings: of `fitted`.
+
+  Raises:
+    ValueError: a time has no finite log-SNR.
   """
   jumps = int(times[-1] == 0)
-  places = schedules.half_log_snr(schedule, times[: len(times) - jumps])
-  if not np.all(np.isfinite(places)):
-    raise ValueError("A time has no finite log-SNR: start below the schedule's last.")
+  places = _places(schedule, times[: len(times) - jumps])
 
   def make(logs):
     later = schedule.time(places[0] + np.cumsum(np.exp(np.clip(logs, -12, 3))))
@@ -214,7 +188,6 @@ def compensated(
   teacher: Teacher,
   schedule: schedules.Schedule,
   times: np.ndarray,
-  solver: Callable[..., tables.SolverTable] = correctors.dc_solver,
   **settings: Any,
 ) -> Fitted:
   """DC-Solver with the ratios that bring it nearest to the teacher, from 1, which is UniPC.
@@ -225,12 +198,11 @@ def compensated(
     teacher: see `learned`.
     schedule: of the model.
     times: [n + 1].
-    solver: (schedule, times, ratios) -> table.
     settings: of `fitted`.
 
   Reference: Zhao et al. 2024, arXiv 2409.03755, section 3.2.
   """
-  make = lambda ratios: solver(schedule, times, ratios)
+  make = lambda ratios: correctors.dc_solver(schedule, times, ratios)
   return fitted(teacher, make, np.ones(max(len(times) - 3, 0)), **settings)
 
 
@@ -281,42 +253,59 @@ def _monomials(evaluations, scale, shape):
   return (place[:, None] ** a[None])[:, :, None, None] * rest[None, None]
 
 
-class _Coefficients(NamedTuple):
-  """An expansion as a vector: log-SNRs of the evaluations, inputs after the first, outputs."""
+_CLEANEST = 15.0  # the greatest log-SNR at which the model may be called
+_STEP = 1e-3  # of finite differences; the error of a run in float32 is about 1e-6
 
-  base: tables.Expansion
-  schedule: schedules.Schedule
 
-  @property
-  def first(self):
-    places = schedules.half_log_snr(self.schedule, self.base.times[:-1])
-    if not np.all(np.isfinite(places)):
-      raise ValueError("A time has no finite log-SNR: start below the schedule's last.")
-    lower = self.base.outputs[self._used]
-    return np.concatenate([places, self.base.inputs[1:, 1], lower.ravel()])
+def _places(schedule, times):
+  """Log-SNRs of times, which have to be finite."""
+  places = schedules.half_log_snr(schedule, times)
+  if not np.all(np.isfinite(places)):
+    raise ValueError("A time has no finite log-SNR: start below the schedule's last.")
+  return places
 
-  @property
-  def _used(self):
-    return np.tril_indices(len(self.base.times), -1, len(self.base.times) - 1)
 
-  def bounds(self):
-    n, low = len(self.base.times) - 1, np.full(self.first.shape, -np.inf)
-    low[:n] = schedules.half_log_snr(self.schedule, self.schedule.max_time)
-    return low, np.where(np.arange(low.size) < n, 15.0, np.inf)
+def _lower(outputs):
+  """Where outputs [n + 1, n, o] may be other than 0."""
+  return np.tril_indices(outputs.shape[0], -1, outputs.shape[1])
 
-  def expansion(self, vector):
-    """Of numpy or traced arrays."""
-    n, o = self.base.outputs.shape[1:]
-    places, inputs, lower = vector[:n], vector[n : 2 * n], vector[2 * n :].reshape(-1, o)
-    times = jnp.clip(self.schedule.time(places), 0, self.schedule.max_time)
-    inputs = jnp.concatenate([jnp.asarray(self.base.inputs[:1, 1], vector.dtype), inputs])
-    ratio = self.base.inputs[0, 0] / self.base.inputs[0, 1]  # x and z come in one state
-    return tables.Expansion(
-      jnp.concatenate([times, jnp.asarray(self.base.times[-1:], vector.dtype)]),
-      jnp.stack([ratio * inputs, inputs], axis=1),
-      jnp.zeros(self.base.outputs.shape, vector.dtype).at[self._used].set(lower),
-      jnp.zeros(self.base.noises.shape, vector.dtype),
-    )
+
+def _vector(expansion, schedule):
+  """Log-SNRs of the evaluations, inputs of z after the first, outputs: what is fitted."""
+  places = _places(schedule, expansion.times[:-1])
+  lower = expansion.outputs[_lower(expansion.outputs)]
+  return np.concatenate([places, expansion.inputs[1:, 1], lower.ravel()])
+
+
+def _expansion(schedule, base, vector):
+  """The expansion of a vector; `base` gives what is not fitted."""
+  n, o = base.outputs.shape[1:]
+  times = jnp.clip(schedule.time(vector[:n]), 0, schedule.max_time)
+  first, last = (jnp.asarray(a, vector.dtype) for a in (base.inputs[0], base.times[-1:]))
+  inputs = jnp.concatenate([first[1:], vector[n : 2 * n]])
+  outputs = jnp.zeros(base.outputs.shape, vector.dtype)
+  return tables.Expansion(
+    jnp.concatenate([times, last]),
+    jnp.stack([first[0] / first[1] * inputs, inputs], axis=1),  # x and z come in one state
+    outputs.at[_lower(base.outputs)].set(vector[2 * n :].reshape(-1, o)),
+    jnp.zeros(base.noises.shape, vector.dtype),
+  )
+
+
+@functools.partial(jax.jit, static_argnums=(0, 1))
+def _residual(denoise, schedule, data, base, vector):
+  """What the solver of a vector is off by, flat."""
+  context, noise, samples = data
+  run = _run(denoise, context, noise, _expansion(schedule, base, vector))
+  return (run.sample - samples).ravel()
+
+
+@functools.partial(jax.jit, static_argnums=(0, 1, 2))
+def _jacobian(denoise, schedule, chunk, data, base, vector):
+  """Its derivatives, one row for each number of the vector."""
+  of = functools.partial(_residual, denoise, schedule, data, base)
+  column = lambda tangent: jax.jvp(of, (vector,), (tangent,))[1]
+  return jax.lax.map(column, jnp.eye(vector.size, dtype=vector.dtype), batch_size=chunk)
 
 
 def _least_squares(residual, start, **settings):
@@ -327,23 +316,20 @@ def _least_squares(residual, start, **settings):
   return scipy.optimize.least_squares(residual, start, x_scale="jac", **settings)
 
 
+def _result(teacher, before, after, found):
+  """What scipy found, as tables and their errors."""
+  runs = found.nfev + found.njev * found.x.size
+  return Fitted(after, error(teacher, before), error(teacher, after), found.x, runs)
+
+
 @functools.partial(jax.jit, static_argnums=0)
 def _run(denoise, context, z, expansion):
-  return solvers.replayed(functools.partial(denoise, context), expansion, jnp.zeros_like(z), z)
+  model = functools.partial(denoise, context)
+  return solvers.trajectory(model, expansion, jnp.zeros_like(z), z)
 
 
-def _quiet(expansion):
-  """The expansion, of a table that draws nothing after its start."""
-  if np.any(expansion.noises):
+def _quiet(table):
+  """The expansion of a table that draws nothing after its start."""
+  if table.noise is not None:
     raise ValueError("The table draws noise: only one that ends where the flow does can be fitted.")
-  return expansion
-
-
-def _host(expansion):
-  """In float64, as tables are made."""
-  return tables.Expansion(*(np.asarray(array, np.float64) for array in expansion))
-
-
-def _traced(expansion):
-  """Without float64 where jax has none."""
-  return jax.tree.map(jnp.asarray, expansion)
+  return tables.expand(table)

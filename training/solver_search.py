@@ -1,7 +1,7 @@
 """Searched solvers: evolution over grids and over the choices of every step.
 
-A candidate is a list of choices; what it is worth is any number that a table has, by default what
-it is off by (`solver_learning.error`), else a distance between distributions. Every candidate of n
+A candidate is a list of choices; what it is worth is any number that a table has: what it is off by
+(`solver_learning.error`), or a distance between distributions. Every candidate of n
 evaluations runs in one compiled program.
 
 `time_steps` searches which of many times a fixed solver evaluates (AutoDiffusion); `strategies`
@@ -9,15 +9,13 @@ searches besides, for every step, the order, the form of prediction, the rule an
 and its S^3), screened by a regression on the candidates seen.
 """
 
-import functools
 from collections.abc import Callable, Sequence
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import numpy as np
 
 from ..models import schedules
 from ..sampling import forms, tables, unified
-from . import solver_learning
 
 
 class Found(NamedTuple):
@@ -55,7 +53,7 @@ def time_steps(
   schedule: schedules.Schedule,
   fine: np.ndarray,
   num_steps: int,
-  solver: solver_learning.Solver,
+  solver: tables.Solver,
   *,
   evolution: Evolution = EVOLUTION,
   seeds: Sequence[np.ndarray] = (),
@@ -79,11 +77,14 @@ def time_steps(
     needs a network that can drop them and is left out.
   """
   inner = _inner(fine, num_steps)
-  make = lambda genes: solver(schedule, fine[[0, *genes, len(fine) - 1]])
-  draw = lambda: _places(rng, inner, num_steps - 1)
-  mutate = lambda genes: _moved(rng, genes, inner, evolution.rate)
-  cross = lambda a, b: _repaired(rng, np.where(rng.random(len(a)) < 0.5, a, b), inner)
-  return _evolve(rng, make, loss, draw, mutate, cross, evolution, seeds)
+  space = _Space(
+    make=lambda genes: solver(schedule, fine[[0, *genes, len(fine) - 1]]),
+    draw=lambda: _places(rng, inner, num_steps - 1),
+    mutate=lambda genes: _moved(rng, genes, inner, evolution.rate),
+    cross=lambda a, b: _repaired(rng, _mixed(rng, a, b), inner),
+    features=lambda genes: _place_features(genes, inner),
+  )
+  return _evolve(rng, loss, space, evolution, seeds)
 
 
 def strategies(
@@ -116,13 +117,19 @@ def strategies(
     return np.concatenate([_moved(rng, genes[:places], inner, evolution.rate), mutated.ravel()])
 
   def cross(a, b):
-    mixed = np.where(rng.random(len(a)) < 0.5, a, b)
+    mixed = _mixed(rng, a, b)
     return np.concatenate([_repaired(rng, mixed[:places], inner), mixed[places:]])
 
-  draw = lambda: np.concatenate([_places(rng, inner, places), _choices(rng, num_steps).ravel()])
-  make = lambda genes: unified.solver(schedule, fine[0], moves(fine, genes))
-  features = functools.partial(_features, places=places, inner=max(inner, 1))
-  return _evolve(rng, make, loss, draw, mutate, cross, evolution, seeds, features)
+  space = _Space(
+    make=lambda genes: unified.solver(schedule, fine[0], moves(fine, genes)),
+    draw=lambda: np.concatenate([_places(rng, inner, places), _choices(rng, num_steps).ravel()]),
+    mutate=mutate,
+    cross=cross,
+    features=lambda genes: np.concatenate(
+      [_place_features(genes[:places], inner), _choice_features(genes[places:])]
+    ),
+  )
+  return _evolve(rng, loss, space, evolution, seeds)
 
 
 def moves(fine: np.ndarray, genes: np.ndarray) -> list[unified.Move]:
@@ -184,56 +191,88 @@ def _choices(rng, num_steps):
   return np.stack([rng.integers(0, size, num_steps) for size in _SIZES], axis=1)
 
 
-def _features(genes, places, inner):
-  choices = genes[places:].reshape(-1, 4)
-  hot = [np.eye(size)[choices[:, j]].ravel() for j, size in enumerate(_SIZES)]
-  place = genes[:places] / inner
-  return np.concatenate([[1.0], place, place**2, *hot])
+def _mixed(rng, a, b):
+  return np.where(rng.random(len(a)) < 0.5, a, b)
 
 
-def _ridge(features, targets, penalty=1.0):
-  gram = features.T @ features + penalty * np.eye(features.shape[1])
-  return np.linalg.solve(gram, features.T @ targets)
+def _place_features(places, inner):
+  share = places / max(inner, 1)
+  return np.concatenate([[1.0], share, share**2])
 
 
-def _evolve(rng, make, loss, draw, mutate, cross, sizes, seeds, features=None):
+def _choice_features(choices):
+  choices = choices.reshape(-1, 4)
+  return np.concatenate([np.eye(size)[choices[:, j]].ravel() for j, size in enumerate(_SIZES)])
+
+
+class _Space(NamedTuple):
+  """Candidates: what they stand for, how they are made, and what a regression sees of them."""
+
+  make: Callable[[np.ndarray], tables.SolverTable]
+  draw: Callable[[], np.ndarray]
+  mutate: Callable[[np.ndarray], np.ndarray]
+  cross: Callable[[np.ndarray, np.ndarray], np.ndarray]
+  features: Callable[[np.ndarray], np.ndarray]
+
+
+class _Measured(NamedTuple):
+  """A candidate; tuples of these sort by loss, the earlier first."""
+
+  loss: float
+  number: int
+  genes: np.ndarray
+  table: tables.SolverTable
+
+
+def _evolve(rng, loss, space, sizes, seeds):
   """The best genes: the first generation drawn, later ones of the best so far."""
-  seen: dict[bytes, Any] = {}
+  seen: dict[bytes, _Measured] = {}
+  ranked = lambda: sorted(seen.values(), key=lambda item: item[:2])
 
   def measure(genes):
-    table = make(genes)
+    table = space.make(genes)
     value = loss(table)
-    seen[genes.tobytes()] = (value if np.isfinite(value) else np.inf, len(seen), genes, table)
-
-  def propose(count, parents):
-    made, tries = [], 0
-    while len(made) < count and tries < 50 * count:
-      tries += 1
-      if not parents:
-        genes = draw()
-      elif len(made) < sizes.mutations * count / sizes.population:
-        genes = mutate(parents[rng.integers(len(parents))])
-      else:
-        genes = cross(*(parents[k] for k in rng.integers(len(parents), size=2)))
-      if genes.tobytes() not in seen and not any(np.array_equal(genes, g) for g in made):
-        made.append(genes)
-    return made
+    value = value if np.isfinite(value) else np.inf
+    seen[genes.tobytes()] = _Measured(value, len(seen), genes, table)
 
   history = []
   for genes in seeds:
     measure(np.asarray(genes))
-  for _ in range(sizes.generations):
-    ranked = sorted(seen.values(), key=lambda item: item[:2])
-    parents = [item[2] for item in ranked[: sizes.parents]] if history else []
-    made = propose(sizes.population * (sizes.candidates if parents else 1), parents)
-    if features and parents:
-      finite = [item for item in ranked if np.isfinite(item[0])]
-      weights = _ridge(
-        np.stack([features(item[2]) for item in finite]), np.log([item[0] for item in finite])
-      )
-      made = sorted(made, key=lambda genes: features(genes) @ weights)[: sizes.population]
-    for genes in made:
+  for generation in range(sizes.generations):
+    best = ranked() if generation else []
+    made = _proposed(rng, space, sizes, [item.genes for item in best[: sizes.parents]], seen)
+    for genes in _screened(space, made, best, sizes.population):
       measure(genes)
-    history.append(min(item[0] for item in seen.values()))
-  value, _, genes, table = min(seen.values(), key=lambda item: item[:2])
-  return Found(table, genes, value, len(seen), np.array(history))
+    history.append(min(item.loss for item in seen.values()))
+  best = ranked()[0]
+  return Found(best.table, best.genes, best.loss, len(seen), np.array(history))
+
+
+def _proposed(rng, space, sizes, parents, seen):
+  """New genes: drawn where there are no parents, else mutations of parents and crosses."""
+  count = sizes.population * (sizes.candidates if parents else 1)
+  mutations = sizes.mutations * count / sizes.population
+  made = {}
+  for _ in range(50 * count):
+    if len(made) == count:
+      break
+    if not parents:
+      genes = space.draw()
+    elif len(made) < mutations:
+      genes = space.mutate(parents[rng.integers(len(parents))])
+    else:
+      genes = space.cross(*(parents[k] for k in rng.integers(len(parents), size=2)))
+    if genes.tobytes() not in seen:
+      made.setdefault(genes.tobytes(), genes)
+  return list(made.values())
+
+
+def _screened(space, made, measured, count):
+  """The `count` of the proposals that a ridge regression on what is measured ranks best."""
+  measured = [item for item in measured if np.isfinite(item.loss)]
+  if len(made) <= count or not measured:
+    return made[:count]
+  features = np.stack([space.features(item.genes) for item in measured])
+  gram = features.T @ features + np.eye(features.shape[1])
+  weights = np.linalg.solve(gram, features.T @ np.log([item.loss for item in measured]))
+  return sorted(made, key=lambda genes: space.features(genes) @ weights)[:count]

@@ -175,6 +175,22 @@ def test_searched_solvers_are_files_that_sample_reads(command, run, tmp_path, me
   assert np.load(output)["images"].shape[0] == 2
 
 
+def test_a_grid_is_that_of_a_solver_that_evaluates_once_a_step(run):
+  """2S's times hold its stages, Heun's and RK4's some times twice: none of them is a grid."""
+  made, _, _ = experiment.restore_params(None, run)
+  config = made.config.evaluation
+  named = [
+    solver_search.Named(
+      0.0, name, "karras", solving.table(made.noising, config, solver=name, evaluations=5)
+    )
+    for name in ("dpmpp_2s", "heun", "rk4", "unipc_2", "ddim")
+  ]
+  search = solver_search.Search(made.noising, config, None, None, None, 1)
+  assert solver_search.best_multistep(search, named).solver == "unipc_2"
+  with pytest.raises(ValueError, match="evaluates once a step"):
+    solver_search.best_multistep(search, named[:3])
+
+
 @pytest.mark.parametrize(
   "flag, message",
   [("--method=lerned", "'lerned'; it is one of"), ("--nfe=1", "evaluations are 2 or more")],

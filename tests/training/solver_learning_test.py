@@ -1,4 +1,4 @@
-"""Fitted solvers against models whose flow is known, and gradients of a replayed expansion."""
+"""Fitted solvers against models whose flow is known, and gradients of an expansion's samples."""
 
 import jax
 import jax.numpy as jnp
@@ -29,24 +29,27 @@ def teachers():
   return [solver_learning.teacher(of_mixture, MIXTURE, noise(seed), fine) for seed in (0, 1)]
 
 
-def test_a_replayed_expansion_is_the_table():
+def test_the_trajectory_of_an_expansion_is_the_tables():
   z, keys = noise(2), base.row_keys(jax.random.key(0), jnp.arange(64))
   table = correctors.unipc(SCHEDULE, TIMES, 2)
   model = lambda x, t: of_mixture(MIXTURE, x, t)
   x = jnp.ones((64, 2))
-  replayed = solvers.replayed(model, tables.expand(table), x, z)
+  found = solvers.trajectory(model, tables.expand(table), x, z)
   start = table.start[0] * x + table.start[1] * z
   sampled = solvers.sample(keys, model, tables.from_state(table), start)
-  np.testing.assert_allclose(replayed, sampled, atol=2e-5)
+  np.testing.assert_allclose(found.sample, sampled, atol=2e-5)
+  for i in range(table.num_rows):
+    again = model(found.points[i], jnp.full(64, table.times[i]))
+    np.testing.assert_allclose(found.outputs[i, 0], again, atol=1e-5)
 
 
-def test_gradients_of_a_replayed_expansion_are_finite_differences():
+def test_gradients_of_an_expansions_samples_are_finite_differences():
   expansion, z = tables.expand(multistep.dpmpp_2m(SCHEDULE, TIMES)), noise(3, 8)
   arrays = jax.tree.map(lambda a: jnp.asarray(a, jnp.float32), expansion)
   model = lambda x, t: of_mixture(MIXTURE, x, t)
 
   def total(expansion):
-    return jnp.sum(jnp.square(solvers.replayed(model, expansion, jnp.zeros_like(z), z)))
+    return jnp.sum(jnp.square(solvers.trajectory(model, expansion, jnp.zeros_like(z), z).sample))
 
   gradient = jax.grad(total)(arrays)
   for field, at in [("times", (1,)), ("inputs", (2, 1)), ("outputs", (3, 1, 0))]:
@@ -110,8 +113,8 @@ def test_guidance_in_the_table_is_guidance_of_the_model():
   pair = lambda x, t: (of_mixture(MIXTURE, x, t), of_mixture(away, x, t))
   combined = lambda x, t: 3.0 * pair(x, t)[0] - 2.0 * pair(x, t)[1]
   zeros = jnp.zeros_like(z)
-  inside = solvers.replayed(pair, tables.guided(expansion, 3.0), zeros, z)
-  outside = solvers.replayed(combined, expansion, zeros, z)
+  inside = solvers.trajectory(pair, tables.guided(expansion, 3.0), zeros, z).sample
+  outside = solvers.trajectory(combined, expansion, zeros, z).sample
   np.testing.assert_allclose(inside, outside, rtol=1e-4, atol=1e-4)
 
 
