@@ -14,6 +14,9 @@ BIN := $(VENV)/bin
 WORKDIR ?= runs/quickstart
 PYTEST_FLAGS ?= -q -n 2
 
+# Read, not imported: their losses are taken out of the source (tests/parity/extracted.py).
+PUBLISHED := trl==0.24.0 verl==0.9.1 openrlhf==0.11.2
+
 .PHONY: quickstart test test-slow test-peers test-llamacpp benchmark clean
 
 quickstart test test-slow test-peers test-llamacpp: export JAX_PLATFORMS ?= cpu
@@ -46,6 +49,7 @@ $(VENV)/installed: setup.py pyproject.toml
 
 $(VENV)/installed-peers: $(VENV)/installed
 	$(BIN)/python -m pip install --quiet --editable '.[test,peers]'
+	$(BIN)/python -m pip install --quiet --no-deps --upgrade --target=$(VENV)/published $(PUBLISHED)
 	touch $@
 
 # Only libllama is needed: no multimodal part, nothing tuned to this CPU, and -O1, which compiles in
