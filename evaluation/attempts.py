@@ -11,6 +11,7 @@ from ..sampling import base as sampling
 from ..sampling import decode
 from ..tasks import base as tasks
 from ..tasks import tokenizer as tokenizers
+from ..tasks import workers
 from . import coverage
 
 # (keys [B], prompts) -> Samples, jitted, with its parameters bound; B is the same at every call.
@@ -108,22 +109,43 @@ def attempt(
     **kwargs,
   )
 
-  return [judge(task, problem, row) for problem, row in zip(problems, responses, strict=True)]
+  return judge_all(task, problems, responses, in_process(task.verify))
+
+
+def in_process(verify: workers.Verify) -> workers.VerifyAll:
+  """A verifier of many responses that trusts the verifier of one; else see `tasks.workers`."""
+  return lambda pairs: [verify(*pair) for pair in pairs]
 
 
 def judge(task: tasks.Task, problem: tasks.Problem, responses: Sequence[Response]) -> Attempt:
-  """Verifies each response; the majority is of those that ended."""
+  """Verifies each response to a problem."""
+  return judge_all(task, [problem], [responses], in_process(task.verify))[0]
 
-  def verdict(response):
-    if response.fault:
-      return tasks.Verification(False, f"format: {response.fault}")
-    return task.verify(problem, response.text)
 
+def judge_all(
+  task: tasks.Task,
+  problems: Sequence[tasks.Problem],
+  responses: Sequence[Sequence[Response]],
+  verify_all: workers.VerifyAll,
+) -> list[Attempt]:
+  """Verifies the responses that ended; the majority is of these too."""
+  asked = [
+    (problem, response.text)
+    for problem, row in zip(problems, responses, strict=True)
+    for response in row
+    if not response.fault
+  ]
+  verdicts = iter(verify_all(asked))
+  return [_attempt(task, *pair, verdicts) for pair in zip(problems, responses, strict=True)]
+
+
+def _attempt(task, problem, responses, verdicts) -> Attempt:
+  fault = lambda response: tasks.Verification(False, f"format: {response.fault}")
   votes = [task.result(response.text) for response in responses if not response.fault]
   return Attempt(
     problem,
     tuple(response.text for response in responses),
-    tuple(map(verdict, responses)),
+    tuple(fault(response) if response.fault else next(verdicts) for response in responses),
     bool(votes) and coverage.majority_vote(votes) == task.result(problem.answer),
   )
 

@@ -17,7 +17,7 @@ from ..models import base as models
 from ..models import classifier as classifier_lib
 from ..training import classification, data, step
 from ..training import state as state_lib
-from . import fields, pixels
+from . import fields, pixels, supervised
 
 FREE_TO_EVALUATE = ("seed", "data", "optimizer", "train", "evaluation")
 
@@ -94,6 +94,9 @@ def name(params: models.Params) -> str:
     digest.update(jax.tree_util.keystr(path).encode())
     digest.update(np.asarray(leaf).tobytes())
   return digest.hexdigest()[:8]
+
+
+stepping = supervised.stepping
 
 
 def finished(params: models.Params) -> models.Params:

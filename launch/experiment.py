@@ -1,14 +1,17 @@
 """Experiments of every kind: what training reads of them, and their trained parameters."""
 
+import contextlib
+import pathlib
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Protocol
 
 import jax
+import jax.numpy as jnp
 import optax
 
 from ..training import averaging, checkpoint, data, step
 from ..training import state as state_lib
-from . import classifiers, fields, images, language
+from . import classifiers, fields, images, language, learning, workdirs
 
 
 class Experiment(Protocol):
@@ -23,7 +26,7 @@ class Experiment(Protocol):
     schedule: of the learning rate.
     optimizer: that follows it.
     averaging: of the parameters.
-    init_params: (key) -> params, untrained.
+    init_params: (key) -> params, untrained: their shapes, wherever training begins.
     score: (params, as the kind's `finished` leaves them) -> what is measured now and then while
       training, by name; by `quality` the best checkpoint is found.
   """
@@ -48,6 +51,22 @@ class Kind(Protocol):
   def build(self, config: fields.Config) -> Experiment:
     """All that the configuration names; ValueError, FileNotFoundError where it is wrong."""
 
+  def stepping(
+    self,
+    experiment: Experiment,
+    workdir: pathlib.Path,
+    done: int,
+    start: Callable[[], state_lib.Params],
+  ) -> contextlib.AbstractContextManager[Callable[..., Any]]:
+    """A context that yields (key, state, batch) -> (state, metrics).
+
+    Args:
+      experiment: of this kind.
+      workdir: of the run, for what it writes beside metrics.
+      done: the step that it goes on from.
+      start: reads the parameters that `config.start` names.
+    """
+
   def finished(self, params: state_lib.Params) -> state_lib.Params:
     """Trained parameters, laid out for use."""
 
@@ -56,6 +75,7 @@ KINDS: Mapping[str, Kind] = {
   "language": language,
   "images": images,
   "classifier": classifiers,
+  "learning": learning,
 }
 
 
@@ -78,8 +98,31 @@ def build(config: fields.Config) -> Experiment:
 
 
 def init_state(experiment: Experiment, key: jax.Array) -> state_lib.TrainState:
-  """The state before training."""
+  """An untrained state: what a checkpoint of the experiment has the shapes of."""
   return state_lib.init(key, experiment.init_params, experiment.optimizer, experiment.averaging)
+
+
+def first_state(experiment: Experiment, key: jax.Array) -> state_lib.TrainState:
+  """The state that training begins with: from the run that `config.start` names, or untrained.
+
+  Raises:
+    FileNotFoundError, ValueError: there is no such run, or it is of another model.
+  """
+  c = experiment.config
+  params = start_params(c) if c.get("start") else jax.jit(experiment.init_params)(key)
+  shapes = jax.eval_shape(experiment.init_params, key)
+  if jax.tree.map(jnp.shape, params) != jax.tree.map(jnp.shape, shapes):
+    raise ValueError(f"config.start.workdir={c.start.workdir!r} is of a model of other shapes.")
+  return state_lib.init(key, lambda key: params, experiment.optimizer, experiment.averaging)
+
+
+def start_params(config: fields.Config) -> state_lib.Params:
+  """The parameters of the run that `config.start` names, as they are trained.
+
+  Raises:
+    FileNotFoundError, ValueError: there is no such run, or it is corrupt.
+  """
+  return _restored(None, config.start.workdir, step=config.start.step, best=config.start.best)[1]
 
 
 def quality(scalars: Mapping[str, float]) -> float:
@@ -88,20 +131,6 @@ def quality(scalars: Mapping[str, float]) -> float:
     if name in scalars:
       return scalars[name]
   return -scalars["held_out_loss"]
-
-
-def saved_config(workdir: str, step: int | None = None) -> fields.Config:
-  """The configuration that a checkpoint of the run was saved with.
-
-  Args:
-    workdir: of the run.
-    step: the checkpoint; None is the latest.
-
-  Raises:
-    FileNotFoundError: the workdir has no such checkpoint.
-    ValueError: it is corrupt.
-  """
-  return fields.Config(checkpoint.load_config(checkpoints(workdir), step)).lock()
 
 
 def restore_params(
@@ -129,14 +158,22 @@ def restore_params(
     ValueError: the checkpoint is corrupt, or of another experiment; step and best, or last and
       average_std, together; an average of a run that kept none of this kind.
   """
+  experiment, params, step = _restored(
+    config, workdir, last=last, step=step, best=best, average_std=average_std
+  )
+  return experiment, kind_of(experiment.config).finished(params), step
+
+
+def _restored(config, workdir, *, last=False, step=None, best=False, average_std=None):
+  """The same as `restore_params`, as they are trained."""
   if best and step is not None:
     raise ValueError(f"--best and --step={step} may be two checkpoints: give one of them.")
   if last and average_std is not None:
     raise ValueError(f"--last and --average_std={average_std}: give one of them.")
   if best:
-    with checkpoint.open_manager(checkpoints(workdir), create=False) as manager:
+    with checkpoint.open_manager(workdirs.checkpoints(workdir), create=False) as manager:
       step = checkpoint.best_step(manager, quality)
-  saved = saved_config(workdir, step)
+  saved = workdirs.saved_config(workdir, step)
   config = config or saved
   kind = kind_of(saved)
   checkpoint.check_config(
@@ -144,14 +181,14 @@ def restore_params(
   )
   experiment = kind.build(config)
   abstract = jax.eval_shape(experiment.init_params, jax.random.key(0))
-  with checkpoint.open_manager(checkpoints(workdir), create=False) as manager:
+  with checkpoint.open_manager(workdirs.checkpoints(workdir), create=False) as manager:
     if average_std is not None:
       params, step = _posthoc(manager, abstract, saved, average_std, step)
     else:
       name = "params" if last else _averages(saved)[0][0]
       restored = checkpoint.restore_part(manager, abstract, name, step)
       params, step = restored.state, restored.step
-  return experiment, kind.finished(params), step
+  return experiment, params, step
 
 
 def _averages(config: fields.Config) -> list[tuple[str, float | None]]:
@@ -173,8 +210,3 @@ def _posthoc(manager, abstract, config, average_std, step):
   read = lambda name, at: checkpoint.restore_part(manager, abstract, name, at).state
   parts = zip(weights, snapshots, strict=True)
   return averaging.combined((w, read(name, at)) for w, (name, _, at) in parts), step
-
-
-def checkpoints(workdir: str) -> str:
-  """Where a run keeps its checkpoints."""
-  return f"{workdir}/checkpoints"

@@ -14,7 +14,7 @@ from ..models import dit, embeddings, mlp, precondition, schedules, unet
 from ..sampling import base, guidance, solvers, tables
 from ..training import data, denoising, step, weightings
 from ..training import state as state_lib
-from . import fields, held_out, pixels
+from . import fields, held_out, pixels, supervised
 
 
 class Experiment(NamedTuple):
@@ -213,6 +213,9 @@ def tuned(experiment: Experiment, skip_scale: Any) -> denoising.Model:
     raise ValueError(f"model.network={experiment.config.model.network!r} has no skip connections.")
   network = unet.unet(experiment.network_config, skip_scale=skip_scale)
   return of_network(network, experiment.noising, HEADS[c.head](c.sigma_data), c.sigma_data)
+
+
+stepping = supervised.stepping
 
 
 def finished(params: models.Params) -> models.Params:

@@ -17,7 +17,7 @@ from ..tasks import base as tasks
 from ..tasks import tokenizer as tokenizers
 from ..training import data, likelihood, step
 from ..training import state as state_lib
-from . import fields, held_out
+from . import fields, held_out, supervised
 
 
 class Experiment(NamedTuple):
@@ -149,6 +149,9 @@ def build(config: fields.Config) -> Experiment:
     score=None,
   )
   return experiment._replace(score=scores(experiment))
+
+
+stepping = supervised.stepping
 
 
 def finished(params: models.Params) -> models.Params:

@@ -12,7 +12,7 @@ from collections.abc import Sequence
 
 from absl import flags as absl_flags
 
-from . import draws, flags, pictures, texts
+from . import draws, flags, pictures, texts, workdirs
 from . import experiment as experiment_lib
 
 READS = (flags.CONFIG, flags.WORKDIR, flags.LAST, flags.STEP, flags.BEST, flags.AVERAGE_STD)
@@ -28,7 +28,7 @@ def main(_: Sequence[str]) -> None:
   """Samples from the checkpoint of --workdir, as its kind of experiment does."""
   with flags.one_line_errors():
     wanted = flags.checkpoint()
-    kind = experiment_lib.kind_of(experiment_lib.saved_config(wanted["workdir"]), KINDS)
+    kind = experiment_lib.kind_of(workdirs.saved_config(wanted["workdir"]), KINDS)
     flags.refuse_others([flag for kind in KINDS.values() for flag in kind.FLAGS], kind.FLAGS)
   kind.run(wanted)
 

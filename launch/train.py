@@ -22,10 +22,10 @@ from typing import Any, NamedTuple, NoReturn
 
 import jax
 
-from ..training import averaging, checkpoint, data, loop, metrics, step
+from ..training import averaging, checkpoint, data, loop, metrics
 from ..training import state as state_lib
 from . import experiment as experiment_lib
-from . import fields, flags
+from . import fields, flags, workdirs
 
 READS = (flags.CONFIG, flags.WORKDIR, flags.SEEDS, flags.SWEEP)
 # What may differ between a run and its resumption: how long it is, and what is kept of it.
@@ -67,7 +67,7 @@ def open_run(config: fields.Config, workdir: str) -> Run:
     seed=config.seed,
     prefetch=2,
   )
-  directory = experiment_lib.checkpoints(workdir)
+  directory = workdirs.checkpoints(workdir)
   with contextlib.ExitStack() as undo:
     undo.callback(batches.close)
     manager = checkpoint.open_manager(
@@ -75,10 +75,10 @@ def open_run(config: fields.Config, workdir: str) -> Run:
     )
     undo.callback(manager.close)
     if manager.latest_step() is None:
-      state = jax.jit(init)(init_key)
+      state = experiment_lib.first_state(experiment, init_key)
     else:
       saved = checkpoint.load_config(directory)
-      checkpoint.check_config(saved, fields.to_json(config), ignore=FREE)
+      checkpoint.check_config(saved, fields.to_json(experiment.config), ignore=FREE)
       restored = checkpoint.restore(manager, jax.eval_shape(init, init_key))
       if restored.step > config.train.num_steps:
         raise ValueError(
@@ -110,7 +110,7 @@ def train(run: Run) -> state_lib.TrainState:
     loop.Interrupted: by a signal, after saving.
   """
   experiment, c = run.experiment, run.experiment.config.train
-  finished = experiment_lib.kind_of(experiment.config).finished
+  kind = experiment_lib.kind_of(experiment.config)
   config = fields.to_json(experiment.config)
   if jax.process_index() == 0:
     (run.workdir / "config.json").write_text(json.dumps(config, indent=1))
@@ -122,33 +122,25 @@ def train(run: Run) -> state_lib.TrainState:
 
   def evaluate(done, state):
     scored.clear()
-    scored[done] = experiment.score(finished(averaging.used(state)))
+    scored[done] = experiment.score(kind.finished(averaging.used(state)))
     writer.write(done, scored[done])
 
   def save(done, state):
     checkpoint.save(run.manager, done, state, data.get_state(run.batches), config, scored.get(done))
 
-  train_step = jax.jit(
-    functools.partial(
-      step.train_step,
-      loss_fn=experiment.loss_fn,
-      optimizer=experiment.optimizer,
-      averaging=experiment.averaging,
-      num_microbatches=c.num_microbatches,
-    ),
-    donate_argnums=1,
-  )
   try:
-    return loop.fit(
-      run.state,
-      run.batches,
-      functools.partial(train_step, run.key),
-      num_steps=c.num_steps,
-      write=loop.Every(c.log_every, write),
-      evaluate=loop.Every(c.evaluate_every, evaluate),
-      save=loop.Every(c.save_every, save),
-      progress=writer.tick,
-    )
+    start = lambda: experiment_lib.start_params(experiment.config)
+    with kind.stepping(experiment, run.workdir, int(run.state.step), start) as train_step:
+      return loop.fit(
+        run.state,
+        run.batches,
+        functools.partial(train_step, run.key),
+        num_steps=c.num_steps,
+        write=loop.Every(c.log_every, write),
+        evaluate=loop.Every(c.evaluate_every, evaluate),
+        save=loop.Every(c.save_every, save),
+        progress=writer.tick,
+      )
   finally:
     writer.close()
     run.manager.close()  # waits for what is being saved

@@ -97,7 +97,11 @@ def contrastive(
     stopped = jnp.any(token[:, None] == stop[None, :], axis=1)
     fed_back = transform.update(state.logits, token, state.transform)
     info = decode.DecodeInfo(
-      token, count, jnp.zeros(token.shape), logits_lib.log_prob(state.logits, token)
+      token,
+      count,
+      jnp.zeros(token.shape),
+      logits_lib.log_prob(state.logits, token),
+      jnp.arange(law.shape[-1])[None, :] == token[:, None],
     )
     state = ContrastiveState(
       step=steps,
@@ -109,7 +113,7 @@ def contrastive(
       logits=base.select_rows(active, model.readout(params, chosen), state.logits),
       transform=base.select_rows(active, fed_back, state.transform),
     )
-    return state, jax.tree.map(lambda leaf: jnp.where(active, leaf, 0), info)
+    return state, base.select_rows(active, info, jax.tree.map(jnp.zeros_like, info))
 
   return base.SamplingAlgorithm(init, step)
 

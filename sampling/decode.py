@@ -51,6 +51,7 @@ class DecodeInfo(NamedTuple):
   count: jax.Array  # [B] int32, tokens drawn: 1
   log_prob: jax.Array  # [B], of the law that the token was drawn from; 0 under greedy
   model_log_prob: jax.Array  # [B], of the model's own law
+  kept: jax.Array  # [B, V] bool: the tokens that the law it was drawn from had left
 
 
 class Samples(NamedTuple):
@@ -234,7 +235,11 @@ def autoregressive(
     slot = jnp.where(active, state.length, state.tokens.shape[1])  # out of bounds: dropped
     stopped = jnp.any(token[:, None] == stop[None, :], axis=1)
     info = DecodeInfo(
-      token, count, logits_lib.log_prob(logits, token), logits_lib.log_prob(model_logits, token)
+      token,
+      count,
+      logits_lib.log_prob(logits, token),
+      logits_lib.log_prob(model_logits, token),
+      logits > -jnp.inf,
     )
     state = DecodeState(
       step=steps,
@@ -244,7 +249,7 @@ def autoregressive(
       cache=cache._replace(length=length - 1),
       transform=base.select_rows(active, fed_back, state.transform),
     )
-    return state, jax.tree.map(lambda leaf: jnp.where(active, leaf, 0), info)
+    return state, base.select_rows(active, info, jax.tree.map(jnp.zeros_like, info))
 
   return base.SamplingAlgorithm(init, step)
 
@@ -291,19 +296,33 @@ def generate(
   params: models.Params,
   keys: base.Keys,
   prompts: Prompts,
+  **kwargs,
+) -> Samples:
+  """Continues each prompt until a stop token or `max_new_tokens`; see `generate_observed`."""
+  return generate_observed(model, params, keys, prompts, lambda info: (), **kwargs)[0]
+
+
+def generate_observed(
+  model: models.LanguageModel,
+  params: models.Params,
+  keys: base.Keys,
+  prompts: Prompts,
+  observe: Callable[[DecodeInfo], Any],
   *,
   max_new_tokens: int,
   transform: logits_lib.LogitsTransform | None = None,
   stop: Sequence[int] = (),
   num_samples: int = 1,
   bucket: int = 256,
-) -> Samples:
-  """Continues each prompt until a stop token or `max_new_tokens`; see `autoregressive`.
+) -> tuple[Samples, Any]:
+  """Continuations, and what `observe` made of each drawn token's Info, leaves [B, N, ...].
 
   The law of row b's new tokens is prod_t transform(p(x_t | x_<t)) exactly, and depends on its
   prompt and keys[b] alone. Call it inside jit; it stops stepping when every row is done. The cache
   begins with `bucket` slots (or the prompts' width) and doubles when it is full, so attention reads
   at most about twice what is written; each size is one more copy of the step to compile.
+
+  Other arguments are those of `autoregressive`.
   """
   width = prompts.tokens.shape[1]
   sizes = buckets(max(bucket, width + 1), width + max_new_tokens)
@@ -320,11 +339,11 @@ def generate(
         num_samples=num_samples,
         capacity=capacity,
       ),
-      observe=lambda state, info: (info.log_prob, info.model_log_prob),
+      observe=lambda state, info: (info.log_prob, info.model_log_prob, observe(info)),
       capacity=max_new_tokens,
     )
 
-  state, (log_prob, model_log_prob) = grown(
+  state, (log_prob, model_log_prob, observed) = grown(
     keys,
     algorithm,
     prompts,
@@ -332,4 +351,5 @@ def generate(
     lambda recorded: recorded.state.done | is_cramped(recorded.state),
     max_new_tokens,
   )
-  return Samples(state.tokens, state.length, state.prompt_length, log_prob, model_log_prob)
+  samples = Samples(state.tokens, state.length, state.prompt_length, log_prob, model_log_prob)
+  return samples, observed

@@ -1,6 +1,7 @@
 """Maximum likelihood of token sequences."""
 
 from collections.abc import Callable
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -53,24 +54,41 @@ def chunked_cross_entropy(
   Returns:
     Two arrays [B], weighted by the mask.
   """
-  batch_size, length, _ = hidden.shape
-  chunk = min(chunk, length)
-
-  def chunks(x):  # [B, L, ...] -> [L / chunk, B, chunk, ...]
-    padding = ((0, 0), (0, -length % chunk)) + ((0, 0),) * (x.ndim - 2)
-    return jnp.swapaxes(jnp.pad(x, padding).reshape(batch_size, -1, chunk, *x.shape[2:]), 0, 1)
-
-  @jax.checkpoint
-  def one(arrays):
-    hidden, targets, mask = arrays
+  def one(hidden, targets, mask):
     logits = readout(hidden)
     right = jnp.argmax(logits, axis=-1) == targets
     losses = cross_entropy(logits, targets, z_loss=z_loss)
     losses = jnp.where(mask != 0, losses, 0)  # a masked target may be impossible: 0 inf is NaN
     return jnp.sum(losses * mask, axis=-1), jnp.sum(right * mask, axis=-1)
 
-  losses, right = jax.lax.map(one, (chunks(hidden), chunks(targets), chunks(mask)))
+  losses, right = in_chunks(one, (hidden, targets, mask), chunk)
   return jnp.sum(losses, axis=0), jnp.sum(right, axis=0)
+
+
+def in_chunks(f: Callable[..., Any], arrays: Any, chunk: int) -> Any:
+  """What f makes of arrays [B, L, ...] cut along L, a chunk at a time, stacked [L / chunk, ...].
+
+  The last chunk is filled up with zeros. What f makes on the way is made again backward.
+  """
+  batch_size, length = jax.tree.leaves(arrays)[0].shape[:2]
+  chunk = min(chunk, length)
+
+  def cut(x):  # [B, L, ...] -> [L / chunk, B, chunk, ...]
+    padding = ((0, 0), (0, -length % chunk)) + ((0, 0),) * (x.ndim - 2)
+    return jnp.swapaxes(jnp.pad(x, padding).reshape(batch_size, -1, chunk, *x.shape[2:]), 0, 1)
+
+  return jax.lax.map(lambda parts: jax.checkpoint(f)(*parts), jax.tree.map(cut, arrays))
+
+
+def hidden_states(
+  model: models.LanguageModel, params: models.Params, batch: step.Batch, key: jax.Array | None
+) -> jax.Array:
+  """What the model makes of a batch's `tokens` [B, L], [B, L, D]; see `next_token`."""
+  segments = batch.get("segments")
+  mask = None if segments is None else segments[:, :, None] == segments[:, None, :]
+  return models.apply(
+    model, params, batch["tokens"], positions=batch.get("positions"), mask=mask, key=key
+  )[0]
 
 
 def next_token(
@@ -84,11 +102,7 @@ def next_token(
   """
 
   def loss(key, params, batch):
-    segments = batch.get("segments")
-    mask = None if segments is None else segments[:, :, None] == segments[:, None, :]
-    hidden, _ = models.apply(
-      model, params, batch["tokens"], positions=batch.get("positions"), mask=mask, key=key
-    )
+    hidden = hidden_states(model, params, batch, key)
     weights = batch["mask"].astype(jnp.float32)
     readout = lambda hidden: model.readout(params, hidden)
     losses, right = chunked_cross_entropy(

@@ -74,16 +74,10 @@ def read_jsonl(path: str | os.PathLike) -> list[dict[str, float]]:
   ]
 
 
-def jsonl(path: str | os.PathLike, *, step: int = 0) -> Writer:
-  """One line {"step": 10, "loss": 0.5, ...} per write, flushed at once.
+def resumed(path: str | os.PathLike, step: int) -> IO[str]:
+  """A JSONL file of records with "step", open to append to, without those beyond `step`.
 
-  JSON has no NaN or infinity: they are the strings "NaN", "Infinity" and "-Infinity", which
-  Python's and JavaScript's number parsers take, so every line is strict JSON. A resumed run first
-  drops the lines beyond the step that it starts from, so no step of a name appears twice.
-
-  Args:
-    path: the file, made when missing.
-    step: the step from which the run starts or resumes.
+  So no step of a resumed run appears twice. The file and its folder are made when missing.
   """
   path = pathlib.Path(path)
   path.parent.mkdir(parents=True, exist_ok=True)
@@ -94,7 +88,21 @@ def jsonl(path: str | os.PathLike, *, step: int = 0) -> Writer:
     beside = path.with_name(path.name + ".tmp")
     beside.write_bytes(new)
     beside.replace(path)
-  file = path.open("a", encoding="utf-8")
+  return path.open("a", encoding="utf-8")
+
+
+def jsonl(path: str | os.PathLike, *, step: int = 0) -> Writer:
+  """One line {"step": 10, "loss": 0.5, ...} per write, flushed at once.
+
+  JSON has no NaN or infinity: they are the strings "NaN", "Infinity" and "-Infinity", which
+  Python's and JavaScript's number parsers take, so every line is strict JSON. A resumed run first
+  drops the lines beyond the step that it starts from; see `resumed`.
+
+  Args:
+    path: the file, made when missing.
+    step: the step from which the run starts or resumes.
+  """
+  file = resumed(path, step)
 
   def write(step, scalars):
     record = {"step": int(step), **{k: _to_json(v) for k, v in scalars.items()}}
@@ -142,7 +150,7 @@ def tensorboard(directory: str | os.PathLike, *, step: int = 0) -> Writer:
   return Writer(write, close=events.close)
 
 
-CONSOLE = ("loss", "accuracy", "pass@1", "held_out_loss")
+CONSOLE = ("loss", "accuracy", "reward", "pass@1", "held_out_loss")
 """What people are shown while they wait; files get everything."""
 
 

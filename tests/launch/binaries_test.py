@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 
 from ancestral.configs import image_classifier
-from ancestral.launch import evaluate, experiment, fields, quickstart, report, sample, train
+from ancestral.launch import evaluate, experiment, fields, quickstart, report, sample, train, workdirs
 from ancestral.training import checkpoint, metrics
 
 
@@ -30,7 +30,7 @@ def trained(command, tiny, folder):
 
 
 def saved(workdir):
-  return checkpoint.load_config(experiment.checkpoints(workdir))
+  return checkpoint.load_config(workdirs.checkpoints(workdir))
 
 
 def params(workdir, **kwargs):
@@ -107,7 +107,7 @@ def test_evaluation_of_more_samples_and_of_other_levels(command, tiny, trained):
 def test_the_average_is_evaluated_unless_the_last_is_asked_for(command, trained, tmp_path):
   average, last = params(trained), params(trained, last=True)
   restored = {}
-  with checkpoint.open_manager(experiment.checkpoints(trained), create=False) as manager:
+  with checkpoint.open_manager(workdirs.checkpoints(trained), create=False) as manager:
     for name in ("average", "params"):
       shape = {"embedding": jax.ShapeDtypeStruct(last["embedding"].shape, np.float32)}
       restored[name] = checkpoint.restore_part(manager, shape, name).state["embedding"]

@@ -75,7 +75,7 @@ def run(command, folder, monkeypatch):
 
 def leaves(workdir, step):
   """Every leaf of a checkpoint as bytes, the data's position, and the metrics file."""
-  directory = experiment.checkpoints(workdir)
+  directory = workdirs.checkpoints(workdir)
   made = experiment.build(fields.Config(checkpoint.load_config(directory, step)).lock())
   shape = jax.eval_shape(lambda key: experiment.init_state(made, key), jax.random.key(0))
   with checkpoint.open_manager(directory, create=False) as manager:
@@ -217,7 +217,7 @@ def test_an_average_that_was_not_kept_is_made_of_those_that_were(command, run):
   made, params, step = experiment.restore_params(None, run, average_std=0.08)
   abstract = jax.eval_shape(made.init_params, jax.random.key(0))
   stds, steps, snapshots = [], [], []
-  with checkpoint.open_manager(experiment.checkpoints(run), create=False) as manager:
+  with checkpoint.open_manager(workdirs.checkpoints(run), create=False) as manager:
     for at in (2, 4, 6):
       for i, std in enumerate(made.config.train.average_stds):
         stds, steps = [*stds, std], [*steps, at]

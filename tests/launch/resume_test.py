@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 from absl import logging as absl_logging
 
-from ancestral.launch import experiment, fields, train
+from ancestral.launch import experiment, fields, train, workdirs
 from ancestral.training import checkpoint, metrics
 
 FIELDS = {"train__average_decay": 0.9, "model__dropout": 0.2, "train__num_microbatches": 2}
@@ -21,7 +21,7 @@ FIELDS = {"train__average_decay": 0.9, "model__dropout": 0.2, "train__num_microb
 
 def final(workdir, step):
   """All leaves of the checkpoint as bytes, the data's position, and the metrics file."""
-  directory = experiment.checkpoints(workdir)
+  directory = workdirs.checkpoints(workdir)
   config = fields.Config(checkpoint.load_config(directory, step))
   made = experiment.build(config.lock())
   shape = jax.eval_shape(lambda key: experiment.init_state(made, key), jax.random.key(0))

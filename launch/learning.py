@@ -1,0 +1,215 @@
+"""Learning from one's own samples, verified: from a configuration to a round of it.
+
+The model is a trained language model's, that of the run `config.start.workdir`; its task says what
+is asked and what is right. A step of training is a round: problems, a group of samples of each,
+their verdicts, and updates. Every sample is written down, with its verdict and reward, in
+WORKDIR/rollouts.jsonl: `python -m ancestral.launch.rollouts` makes a page of it.
+"""
+
+import contextlib
+import pathlib
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import jax
+import numpy as np
+
+from ..models import base as models
+from ..models import transformer
+from ..sampling import truncation
+from ..tasks import base as tasks
+from ..tasks import workers
+from ..training import data, learning, rollouts
+from . import fields, language, methods, supervised, workdirs
+
+# What evaluation may change: as of a language model, and all that training alone reads.
+FREE_TO_EVALUATE = (*language.FREE_TO_EVALUATE, "start", "rollouts", "method")
+
+REWARDS = {
+  "verifier": learning.verified,
+  "inverted": learning.inverted,
+  "random": learning.random,
+}
+
+# Filters by the field that has their setting; None turns one off.
+FILTERS = {
+  "top_k": truncation.top_k,
+  "top_p": truncation.top_p,
+  "min_p": truncation.min_p,
+}
+
+finished = language.finished
+
+
+def complete(config: fields.Config) -> fields.Config:
+  """The configuration with what it takes over from the run that it starts from: model and task.
+
+  Raises:
+    ValueError, FileNotFoundError: that run is not named, not there, or has no task.
+  """
+  if "model" in config:
+    return config
+  fields.require(bool(config.start.workdir), "start.workdir is empty; give a trained run's")
+  saved = workdirs.saved_config(config.start.workdir, config.start.step)
+  fields.require("task" in saved, f"start.workdir={config.start.workdir!r} has no verifier")
+  config = config.copy_and_resolve_references()
+  with config.unlocked():
+    for section in ("model", "data", "loss", "task"):
+      config[section] = saved[section]
+    if config.levels is not None:
+      config.task.levels = config.levels
+    config.evaluation.max_new_tokens = config.rollouts.max_new_tokens
+  return config.lock()
+
+
+def build(config: fields.Config) -> language.Experiment:
+  """All that the configuration names; see `complete`.
+
+  Raises:
+    ValueError, FileNotFoundError: in one line, what in it is wrong, and what would be right.
+  """
+  config = complete(config)
+  _check(config)
+  made = language.build(config)
+  method = methods.build(made.model, config)
+  c = config.train
+  updates = c.num_minibatches * c.num_epochs
+  with (whole := config.copy_and_resolve_references()).unlocked():
+    whole.train.num_steps = c.num_steps * updates
+  schedule, optimizer = fields.optimizer_of(whole)
+  return made._replace(
+    source=data.Source(2**31 - 1, lambda index: {"index": np.int64(index)}),
+    rows=lambda dataset: dataset,
+    loss_fn=method.loss_fn,
+    schedule=lambda done: schedule(done * updates),
+    optimizer=optimizer,
+  )
+
+
+def _check(config: fields.Config) -> None:
+  r = config.rollouts
+  fields.check(config, ("rollouts",))
+  fields.require(r.temperature > 0, f"rollouts.temperature is {r.temperature}; it is above 0")
+  fields.require(r.timeout > 0, f"rollouts.timeout is {r.timeout}; it is above 0")
+  fields.choose("rollouts.reward", r.reward, REWARDS)
+  fields.choose("rollouts.policy", r.policy, {"current": None, "start": None})
+  fields.choose("rollouts.reference", r.reference, {"device": None, "host": None})
+
+
+def problems_of(experiment: language.Experiment) -> Callable[[Any], list[tasks.Problem]]:
+  """Of a batch's `index`, the problems of the task's training side."""
+  c = experiment.config
+  side = tasks.restrict(experiment.task, "train", test_percent=c.task.test_percent)
+  return lambda batch: [tasks.problem_at(side, c.seed, int(i)) for i in batch["index"]]
+
+
+def sampling(
+  experiment: language.Experiment, verify_all: workers.VerifyAll
+) -> Callable[..., rollouts.Rollouts]:
+  """(key, params as trained, problems) -> Rollouts, as `config.rollouts` has them."""
+  r, model = experiment.config.rollouts, experiment.model
+  filters = [FILTERS[name](r[name]) for name in FILTERS if r.get(name) is not None]
+  sample = rollouts.sampler(
+    model,
+    group_size=r.group_size,
+    max_new_tokens=r.max_new_tokens,
+    stop=(experiment.tokenizer.eos,),
+    filters=filters,
+  )
+  unstacked = jax.jit(transformer.unstack)
+
+  def roll_out(key, params, problems):
+    return rollouts.roll_out(
+      sample,
+      unstacked(params),
+      experiment.task,
+      problems,
+      key,
+      verify_all=verify_all,
+      temperature=r.temperature,
+      group_size=r.group_size,
+      batch_size=r.batch_size,
+      max_length=experiment.model_config.max_length,
+      max_new_tokens=r.max_new_tokens,
+    )
+
+  return roll_out
+
+
+def completion(
+  model: models.LanguageModel, method: methods.Method, reference: models.Params, temperature: float
+) -> Callable[[models.Params, Any], Any]:
+  """Adds to a minibatch what its loss reads of the reference, and of the policy before updates.
+
+  Args:
+    model: the model.
+    method: says what is read.
+    reference: parameters; on the host they are moved for each minibatch and take no device memory.
+    temperature: of the rollouts. Pairs are scored at 1.
+  """
+  as_drawn, as_is = learning.scorer(model, temperature=temperature), learning.scorer(model)
+
+  def complete(params, minibatch):
+    if "chosen" in minibatch:
+      if not method.reference:
+        return minibatch
+      score = lambda side: {**side, "reference_log_prob": as_is(reference, _unfiltered(side))}
+      return minibatch | {name: score(minibatch[name]) for name in ("chosen", "rejected")}
+    if method.reference:
+      minibatch = minibatch | {"reference_log_prob": as_drawn(reference, minibatch)}
+    if method.correction is not None:
+      before = as_drawn(params, minibatch)
+      weights = method.correction(before - minibatch["log_prob"], minibatch["mask"])
+      minibatch = minibatch | {"old_log_prob": before, "correction": weights}
+    return minibatch
+
+  return complete
+
+
+def _unfiltered(rows):
+  return {name: x for name, x in rows.items() if name != "kept"}
+
+
+@contextlib.contextmanager
+def stepping(
+  experiment: language.Experiment,
+  workdir: pathlib.Path,
+  done: int,
+  start: Callable[[], models.Params],
+) -> Iterator[Callable[..., Any]]:
+  """Within it, the (key, state, batch) -> (state, metrics) of a round."""
+  config = experiment.config
+  r, method = config.rollouts, methods.build(experiment.model, config)
+  offline = r.policy == "start"
+  reference = start() if offline or method.reference else None
+  if reference is not None and r.reference == "host":
+    reference = jax.device_get(reference)
+  problems = problems_of(experiment)
+  log = rollouts.jsonl(workdir / "rollouts.jsonl", step=done)
+  with (
+    contextlib.closing(log),
+    workers.workers(
+      experiment.task.verify, num_workers=r.num_workers, timeout=r.timeout
+    ) as verify_all,
+  ):
+    roll_out = sampling(experiment, verify_all)
+    run = learning.round_step(
+      learning.Round(
+        (lambda key, params, problems: roll_out(key, reference, problems)) if offline else roll_out,
+        REWARDS[r.reward],
+        method.select,
+        completion(experiment.model, method, reference, r.temperature),
+        supervised.jitted_step(experiment),
+        log.write,
+      ),
+      capacity=capacity(config, method),
+      num_minibatches=config.train.num_minibatches,
+      num_epochs=config.train.num_epochs,
+    )
+    yield lambda key, state, batch: run(key, state, problems(batch))
+
+
+def capacity(config: fields.Config, method: methods.Method) -> int:
+  """Rows of a round, rounded up to minibatches of one size that divide into microbatches."""
+  unit = config.train.num_minibatches * config.train.num_microbatches
+  return -(-config.train.batch_size * method.rows_per_prompt // unit) * unit

@@ -1,0 +1,38 @@
+"""A verifier that does what the response says: what `tasks.workers` has to survive."""
+
+import os
+import signal
+import subprocess
+import sys
+import time
+
+import numpy as np
+
+from ancestral.tasks import base
+
+
+def verify(problem, response):
+  match response:
+    case "hang":
+      time.sleep(60)
+    case "hang with children":
+      subprocess.run([sys.executable, "-c", "import time; time.sleep(60)"])
+    case "crash":
+      os.kill(os.getpid(), signal.SIGSEGV)
+    case "exit":
+      os._exit(3)
+    case "raise":
+      raise KeyError("no such thing")
+    case "flood":
+      for _ in range(2_000):
+        print("x" * 10_000)
+        os.write(1, b"y" * 10_000)
+    case "long reason":
+      return base.Verification(False, "z" * 10**8)
+    case "memory":
+      np.ones(2**40, np.uint8)
+    case "nothing":
+      return None
+    case "wait":
+      time.sleep(0.3)
+  return base.Verification(response != "wrong", "" if response != "wrong" else "wrong")

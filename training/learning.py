@@ -1,0 +1,128 @@
+"""A round of learning from samples: roll out, reward, select, update.
+
+    parts = learning.Round(roll_out, reward, select, complete, update, record)
+    step = learning.round_step(parts, capacity=..., num_minibatches=4, num_epochs=1)
+    state, metrics = step(key, state, problems)
+
+The parameters that sample are those before the round's first update (or a fixed policy's, as
+`roll_out` decides); later updates of the round are off-policy by the updates before them. Nothing
+is carried between rounds but the state, so a run that was stopped goes on with the same rollouts.
+"""
+
+import time
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple
+
+import jax
+import numpy as np
+
+from ..models import base as models
+from ..tasks import base as tasks
+from . import rollouts, scoring, selection, step
+from . import state as state_lib
+
+
+class Round(NamedTuple):
+  """What a round of learning consists of."""
+
+  roll_out: Callable[[jax.Array, models.Params, Sequence[tasks.Problem]], rollouts.Rollouts]
+  reward: Callable[[np.random.Generator, rollouts.Rollouts], np.ndarray]  # [P, G]
+  select: selection.Select
+  complete: Callable[[models.Params, step.Batch], step.Batch]  # of a minibatch, jitted
+  update: Callable[
+    ..., tuple[state_lib.TrainState, step.Metrics]
+  ]  # (key, state, minibatch), jitted
+  record: Callable[[int, rollouts.Rollouts, np.ndarray], None]  # of the step that is made
+
+
+def verified(rng: np.random.Generator, made: rollouts.Rollouts) -> np.ndarray:
+  """The verifier's reward."""
+  del rng
+  return made.rewards()
+
+
+def inverted(rng: np.random.Generator, made: rollouts.Rollouts) -> np.ndarray:
+  """1 where the verifier says wrong: a control (arXiv 2507.10532)."""
+  del rng
+  return 1 - made.rewards()
+
+
+def random(rng: np.random.Generator, made: rollouts.Rollouts) -> np.ndarray:
+  """A coin's reward: a control (arXiv 2507.10532)."""
+  return rng.integers(2, size=made.lengths.shape).astype(np.float32)
+
+
+def scorer(
+  model: models.LanguageModel, *, temperature: float = 1.0, chunk: int = 256
+) -> Callable[[models.Params, rollouts.Rows], jax.Array]:
+  """A jitted (params, rows) -> log-probabilities [N, L] of what was drawn."""
+
+  @jax.jit
+  def score(params, rows):
+    return scoring.scores(model, params, rows, temperature=temperature, chunk=chunk).log_prob
+
+  return score
+
+
+def round_step(
+  parts: Round, *, capacity: int, num_minibatches: int = 1, num_epochs: int = 1
+) -> Callable[..., tuple[state_lib.TrainState, dict[str, Any]]]:
+  """A function of (key, state, problems): the state after a round, and its metrics.
+
+  What `select` finds is filled up to `capacity` rows, spread over the minibatches at random and
+  used `num_epochs` times, so shapes never change and the number of updates is the same in every
+  round. A round that finds nothing makes none. `state.step` counts rounds.
+
+  Metrics: `reward` and `correct`, means over samples; `length`, tokens; `selected`, rows; the
+  loss's own, means over updates, but `ratio` of the first update; and `seconds/sampling`,
+  `/verifying`, `/updating`.
+  """
+
+  def run(key, state, problems):
+    count = int(state.step)
+    sample_key, update_key = jax.random.split(jax.random.fold_in(key, count))
+    rng = np.random.default_rng(np.asarray(jax.random.key_data(update_key)))
+    made = parts.roll_out(sample_key, state.params, problems)
+    rewards = parts.reward(rng, made)
+    parts.record(count + 1, made, rewards)
+    batch = parts.select(made, rewards)
+    selected = len(jax.tree.leaves(batch)[0])
+    start = time.perf_counter()
+    if selected:
+      minibatches = _minibatches(rng, selection.filled(batch, capacity), selected, num_minibatches)
+      minibatches = [parts.complete(state.params, minibatch) for minibatch in minibatches]
+      state, seen = _updates(parts.update, update_key, state, minibatches * num_epochs)
+    else:
+      seen = {}
+    metrics = {
+      "reward": rewards.mean(),
+      "correct": made.rewards().mean(),
+      "length": made.lengths.mean(),
+      "selected": selected,
+      **seen,
+      **{f"seconds/{phase}": seconds for phase, seconds in made.seconds.items()},
+      "seconds/updating": time.perf_counter() - start,
+    }
+    return state._replace(step=state.step * 0 + count + 1), metrics
+
+  return run
+
+
+def _minibatches(rng, batch, selected, num_minibatches) -> list[step.Batch]:
+  """The rows selected, spread evenly and at random, and then the filling."""
+  capacity = len(jax.tree.leaves(batch)[0])
+  rows = np.concatenate([rng.permutation(selected), np.arange(selected, capacity)])
+  parts = [rows[first::num_minibatches] for first in range(num_minibatches)]
+  return [jax.tree.map(lambda x, part=part: x[part], batch) for part in parts]
+
+
+def _updates(update, key, state, minibatches):
+  found = []
+  for number, minibatch in enumerate(minibatches):
+    state, metrics = update(jax.random.fold_in(key, number), state, minibatch)
+    found.append(metrics)
+  found = jax.device_get(found)
+  seen = {name: float(np.mean([metrics[name] for metrics in found])) for name in found[0]}
+  if "ratio" in seen:
+    seen["ratio"] = float(found[0]["ratio"])
+  return state, seen
