@@ -54,6 +54,7 @@ def chunked_cross_entropy(
   Returns:
     Two arrays [B], weighted by the mask.
   """
+
   def one(hidden, targets, mask):
     logits = readout(hidden)
     right = jnp.argmax(logits, axis=-1) == targets

@@ -203,9 +203,9 @@ def oreal(
 ) -> jax.Array:
   """-`positive` A log pi where A > 0 (cloned), -`negative` A r else (reweighted), unclipped.
 
-  On policy the gradient is REINFORCE's with advantages `positive` A and `negative` A. The advantage
-  is `advantages.leave_one_out`'s. As in the authors' code: the paper's positives have weight 1, and
-  its weights of tokens, from a reward model of tokens, belong into `advantage` here.
+  On policy the gradient is REINFORCE's with advantages `positive` A and `negative` A. This follows
+  the authors' code, whose advantage is `advantages.leave_one_out`'s; weights of tokens, theirs from
+  a reward model of tokens, belong into `advantage` here.
 
   Reference: Lyu et al. 2025, arXiv 2502.06781.
   """

@@ -10,7 +10,16 @@ import numpy as np
 import pytest
 
 from ancestral.configs import image_classifier
-from ancestral.launch import evaluate, experiment, fields, quickstart, report, sample, train, workdirs
+from ancestral.launch import (
+  evaluate,
+  experiment,
+  fields,
+  quickstart,
+  report,
+  sample,
+  train,
+  workdirs,
+)
 from ancestral.training import checkpoint, metrics
 
 

@@ -40,7 +40,9 @@ def functions(
     chosen.append(_bare(next(nodes)))
   scope = dict(given)
   exec(compile(ast.Module(chosen, type_ignores=[]), path, "exec"), scope)
-  return SimpleNamespace(**{name.rpartition(".")[2]: scope[name.rpartition(".")[2]] for name in names})
+  return SimpleNamespace(
+    **{name.rpartition(".")[2]: scope[name.rpartition(".")[2]] for name in names}
+  )
 
 
 def _bare(node: ast.AST) -> ast.AST:

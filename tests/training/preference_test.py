@@ -47,7 +47,7 @@ PAIRS = {
 FREE = ("simpo", "alphapo", "cpo", "orpo", "redi")  # of log-probabilities, which are at most 0
 
 
-def ratios(name, scale=3.0, size=12):
+def ratios(name, scale=3.0, size=256):  # one shape for most tests: each is compiled
   rng = np.random.default_rng(3)
   chosen, rejected = scale * rng.normal(size=(2, size))
   if name in FREE:
@@ -93,8 +93,8 @@ def test_losses_are_float32_of_narrow_inputs_and_keep_leading_dimensions(name):
   assert losses.dtype == jnp.float32
   np.testing.assert_array_equal(losses, PAIRS[name](*wide))
   if name != "aot_unpaired":
-    square = PAIRS[name](*(x.reshape(4, 3) for x in wide))
-    assert square.shape == (4, 3)
+    square = PAIRS[name](*(x.reshape(16, 16) for x in wide))
+    assert square.shape == (16, 16)
     if name != "aot":
       np.testing.assert_allclose(square.ravel(), losses, rtol=1e-6)
 
@@ -171,6 +171,30 @@ def test_values_and_slopes_worked_by_hand(name):
   losses, gradients = value_and_gradients(partial(loss, beta=beta), chosen, rejected)
   np.testing.assert_allclose(losses, [expected], rtol=1e-5, atol=1e-6)
   np.testing.assert_allclose(gradients[0], [beta * slope], rtol=1e-5, atol=1e-6)
+
+
+# Slopes by beta r at c = 0 and beta r = log 4, of losses that are not of c - r.
+REJECTED = {
+  "nca": (preference.nca, 0.5 * 4 / 5),
+  "bco": (partial(preference.bco, shift=LOG(2)), 2 / 3),
+  "apo_zero": (preference.apo_zero, 0.16),
+  "apo_down": (preference.apo_down, 0.16),
+  "sppo": (preference.sppo, 2 * (LOG(4) + 0.5)),
+}
+
+
+@pytest.mark.parametrize("name", REJECTED)
+def test_rejected_responses_are_pushed_down_as_worked_by_hand(name):
+  loss, slope = REJECTED[name]
+  beta = 1.0 if name == "sppo" else 0.1
+  rejected = jnp.array([LOG(4) / beta], jnp.float32)
+  _, gradients = value_and_gradients(partial(loss, beta=beta), jnp.zeros(1), rejected)
+  np.testing.assert_allclose(gradients[1], [beta * slope], rtol=1e-5)
+
+
+def test_sppo_is_zero_at_its_two_targets():
+  loss = preference.sppo(jnp.array([2.5, -2.5]), jnp.array([-2.5, 2.5]), beta=0.2)
+  np.testing.assert_allclose(loss, [0, 50])
 
 
 MARGIN = ["dpo", "conservative", "robust", "hinge", "ipo", "exo", "forward", "jensen"]
