@@ -7,7 +7,7 @@ Pairs are made anew in each round (online, iterated); --config.rollouts.policy=s
 the model that it starts from instead (offline). All else is as in configs/policy.py.
 
 Variants:
-  dpo        (2305.18290); also conservative, robust, hinge, ipo, exo, nca, bco, sppo, aot, apo_zero,
+  dpo        (2305.18290); also conservative, robust, hinge, ipo, exo, nca, bco, sppo, apo_zero,
              apo_down, discopop
   step_dpo   DPO of the first step that differs (2406.18629): a token, where each digit is a step
   tree_dpo   DPO from the first difference on, as MCTS-DPO scores pairs (2405.00451)
@@ -29,7 +29,7 @@ _PREFERENCE = {
 }
 
 _NAMED = (
-  *("dpo", "conservative", "robust", "hinge", "ipo", "exo", "nca", "bco", "sppo", "aot"),
+  *("dpo", "conservative", "robust", "hinge", "ipo", "exo", "nca", "bco", "sppo"),
   *("apo_zero", "apo_down", "discopop", "simpo", "alphapo", "cpo", "orpo", "redi"),
 )
 

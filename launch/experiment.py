@@ -11,7 +11,7 @@ import optax
 
 from ..training import averaging, checkpoint, data, step
 from ..training import state as state_lib
-from . import classifiers, fields, images, language, learning, workdirs
+from . import classifiers, fields, image_learning, images, language, learning, workdirs
 
 
 class Experiment(Protocol):
@@ -76,6 +76,7 @@ KINDS: Mapping[str, Kind] = {
   "images": images,
   "classifier": classifiers,
   "learning": learning,
+  "image_learning": image_learning,
 }
 
 

@@ -113,6 +113,7 @@ class Pairwise(NamedTuple):
   reference: bool = True
 
 
+# AOT is not here: it sorts a batch, which the rows that fill up a round would disturb.
 PAIRWISE: Mapping[str, Pairwise] = {
   "dpo": Pairwise(preference.dpo),
   "conservative": Pairwise(preference.conservative),
@@ -123,7 +124,6 @@ PAIRWISE: Mapping[str, Pairwise] = {
   "nca": Pairwise(preference.nca),
   "bco": Pairwise(functools.partial(preference.bco, shift=0.0)),
   "sppo": Pairwise(preference.sppo),
-  "aot": Pairwise(preference.aot, objectives.margins),
   "apo_zero": Pairwise(preference.apo_zero),
   "apo_down": Pairwise(preference.apo_down),
   "discopop": Pairwise(preference.discopop),

@@ -17,9 +17,10 @@ from . import experiment as experiment_lib
 
 READS = (flags.CONFIG, flags.WORKDIR, flags.LAST, flags.STEP, flags.BEST, flags.AVERAGE_STD)
 # Each has FLAGS, those that it reads, and run(wanted), what is wanted as `flags.checkpoint` has it.
-KINDS = {"language": texts, "images": pictures}
+KINDS = {"language": texts, "images": pictures, "image_learning": pictures}
 
-__doc__ = "\n".join([__doc__, *(kind.__doc__ for kind in KINDS.values())])  # for --help
+_docs = dict.fromkeys(kind.__doc__ for kind in KINDS.values())
+__doc__ = "\n".join([__doc__, *_docs])  # for --help
 for _module in (draws, *KINDS.values()):
   absl_flags.adopt_module_key_flags(_module)
 

@@ -98,8 +98,8 @@ def chosen_rate(
 ) -> jax.Array:
   """<grad c, grad (c - r)>: the rate of c along gradient ascent on the pair's margin c - r.
 
-  All that a small gradient step does to log pi(y_w), up to a positive factor; below 0 it falls. What
-  CHES estimates without a gradient (and of the other sign).
+  All that a small gradient step does to log pi(y_w), up to a positive factor; below 0 it falls. It
+  is what CHES estimates, without a gradient and with the other sign.
 
   Args:
     chosen: params -> c = log pi(y_w) [...].

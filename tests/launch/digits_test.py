@@ -24,6 +24,7 @@ from ancestral.launch import (
   solver_search,
   solving,
   train,
+  workdirs,
 )
 from ancestral.sampling import tables
 from ancestral.training import averaging, checkpoint, metrics

@@ -1,4 +1,4 @@
-"""Functions of published libraries, taken out of their source: neither they nor theirs are imported.
+"""Functions of published libraries, taken out of their source; the libraries are not imported.
 
 `make .venv/installed-peers` unpacks their wheels, without what they depend on, beside the
 environment's own packages.
