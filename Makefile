@@ -7,6 +7,7 @@
 #   make test-peers        parity with other libraries (installs torch, transformers, diffusers)
 #   make test-llamacpp     parity with llama.cpp (builds it from source: some minutes)
 #   make benchmark         decoding speed against transformers
+#   make benchmark-grpo    a step of GRPO against TRL (installs it)
 
 PYTHON ?= python3
 VENV ?= .venv
@@ -17,7 +18,7 @@ PYTEST_FLAGS ?= -q -n 2
 # Read, not imported: their losses are taken out of the source (tests/parity/extracted.py).
 PUBLISHED := trl==0.24.0 verl==0.9.1 openrlhf==0.11.2
 
-.PHONY: quickstart test test-slow test-peers test-llamacpp benchmark clean
+.PHONY: quickstart test test-slow test-peers test-llamacpp benchmark benchmark-grpo clean
 
 quickstart test test-slow test-peers test-llamacpp: export JAX_PLATFORMS ?= cpu
 
@@ -41,6 +42,9 @@ test-llamacpp: $(VENV)/installed-llamacpp
 benchmark: $(VENV)/installed-peers
 	$(BIN)/python -m ancestral.benchmarks.decode_hf
 
+benchmark-grpo: $(VENV)/installed-trl
+	OMP_WAIT_POLICY=passive $(BIN)/python -W ignore -m ancestral.benchmarks.grpo_trl
+
 $(VENV)/installed: setup.py pyproject.toml
 	$(PYTHON) -c 'import sys; sys.exit("Python 3.11 or newer is needed; set PYTHON=..." if sys.version_info < (3, 11) else 0)'
 	$(PYTHON) -m venv $(VENV)
@@ -50,6 +54,10 @@ $(VENV)/installed: setup.py pyproject.toml
 $(VENV)/installed-peers: $(VENV)/installed
 	$(BIN)/python -m pip install --quiet --editable '.[test,peers]'
 	$(BIN)/python -m pip install --quiet --no-deps --upgrade --target=$(VENV)/published $(PUBLISHED)
+	touch $@
+
+$(VENV)/installed-trl: $(VENV)/installed-peers
+	$(BIN)/python -m pip install --quiet --editable '.[test,trl]'
 	touch $@
 
 # Only libllama is needed: no multimodal part, nothing tuned to this CPU, and -O1, which compiles in

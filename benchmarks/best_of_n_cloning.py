@@ -88,8 +88,8 @@ def fit(counts: np.ndarray, law: np.ndarray) -> tuple[float, float, float]:
 def simulated() -> None:
   """Prints how simulated laws fit the closed forms, and the law of distinct right answers."""
   rng = np.random.default_rng(0)
-  print("| p | n | 1 / beta | law is the optimum to | best of n, TV (floor) | p-value | cloned right"
-        " answers, TV (floor) | p-value | distinct right answers, TV |")  # fmt: skip
+  heads = "p | n | 1 / beta | law less optimum | best of n, TV (floor) | p-value"
+  print(f"| {heads} | right ones cloned, TV (floor) | p-value | distinct right ones, TV |")
   print("|---" * 9 + "|")
   for p in RATES:
     for n in SIZES:
@@ -107,10 +107,10 @@ def simulated() -> None:
 
 
 def one_beta_for_all(n: int, rates: np.ndarray) -> tuple[float, float, float]:
-  """The one 1 / beta nearest to best of n over prompts; mean and greatest difference of being right.
+  """The one 1 / beta nearest to best of n over prompts; how far, on average and at most, from it.
 
-  Nearest in the mean KL(q_n || optimum), which is of two events, right and wrong, since given either
-  the laws are the same.
+  Nearest in the mean KL(q_n || optimum), which is of two events, right and wrong: given either the
+  laws are the same. How far is in the probability of being right.
   """
   log_right, log_wrong = np.log(-np.expm1(n * np.log1p(-rates))), n * np.log1p(-rates)
 
@@ -128,8 +128,8 @@ def one_beta_for_all(n: int, rates: np.ndarray) -> tuple[float, float, float]:
 def prompts() -> None:
   """Prints one temperature for prompts of many success rates, and whom cloning hears."""
   rates = np.linspace(0.01, 0.99, 99)
-  print("\n| n | log n | 1 / beta at p = .02, .5, .98 | nearest for all | mean difference in"
-        " being right | greatest | prompts cloned at p = .02, .5 |")  # fmt: skip
+  heads = "n | log n | 1 / beta at p = .02, .5, .98 | nearest for all | mean difference"
+  print(f"\n| {heads} | greatest | prompts cloned at p = .02, .5 |")
   print("|---" * 7 + "|")
   for n in (2, 4, 16, 64):
     each = ", ".join(f"{inverse_beta(p, n):.2f}" for p in (0.02, 0.5, 0.98))

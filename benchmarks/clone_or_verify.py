@@ -2,11 +2,11 @@
 
   python -m ancestral.benchmarks.clone_or_verify --figure=docs/figures/clone_or_verify.png
 
-One minute. A trace of H tokens of an alphabet of sixteen is to contain a planted sequence of four as
-a subsequence; of each step at which it already does, the reward is 1 / H. A policy first picks one
-of eight styles and then tokens, knowing the style and how much of the sequence is done. The base
-policy finds the next planted token at a rate of its style: from .02 to .5 (heterogeneous), or all of
-one rate whose base reward is the same. Everything is tabular; rewards are exact.
+One minute. A trace of H tokens of an alphabet of sixteen is to contain a planted sequence of four
+as a subsequence; of each step at which it already does, the reward is 1 / H. A policy first picks
+one of eight styles and then tokens, knowing the style and how much of the sequence is done. The
+base policy finds the next planted token at a rate of its style: from .02 to .5 (heterogeneous), or
+all of one rate whose base reward is the same. Everything is tabular; rewards are exact.
 
   clone:   maximum likelihood of n right traces of the base policy, with the base policy as prior
   verify:  REINFORCE from the base policy, n draws in all, a verifier telling when each was right
@@ -35,6 +35,7 @@ STYLES, PLANTED, ALPHABET = 8, 4, 16
 HORIZONS = 8, 16, 32, 64, 128
 BUDGETS = 16, 64, 256, 1024, 4096
 BATCH = 16  # draws an update
+DRAWN = 64  # at once, to find right traces
 RATES = np.geomspace(0.02, 0.5, STYLES)
 
 
@@ -66,6 +67,7 @@ def chain(rates: jax.Array, horizon: int) -> jax.Array:
   return jnp.concatenate([first[None], jax.lax.scan(step, first, None, length=horizon)[1]])
 
 
+@functools.partial(jax.jit, static_argnames="horizon")
 def value(params, horizon: int) -> jax.Array:
   """The expected reward, exactly: the share of steps that end with the sequence complete."""
   style, tokens = log_laws(params)
@@ -99,6 +101,7 @@ def log_prob(params, styles, tokens, before):
   return jnp.concatenate([style_law[styles][:, None], each], axis=1), mask
 
 
+@functools.partial(jax.jit, static_argnames="horizon")
 def given_right(rates, horizon: int):
   """The base policy's law of styles and tokens among right traces, projected on the policies.
 
@@ -128,14 +131,14 @@ def chain_from(rates, stage: int, horizon: int):
   return chain(rest, horizon)[..., PLANTED - stage :].sum(-1)
 
 
-@functools.partial(jax.jit, static_argnames=("num", "horizon"))
-def clone(key, base, num: int, horizon: int):
+@functools.partial(jax.jit, static_argnames="horizon")
+def clone(key, base, num, horizon: int):
   """Logits fitted to num right traces: counts, and the base policy as so many tokens more."""
 
   def again(carry):  # draws until num are right; wrong ones are skipped
     key, count, styles, tokens = carry
     key, now = jax.random.split(key)
-    style, token, before, reward = draw(now, base, num, horizon)
+    style, token, before, reward = draw(now, base, DRAWN, horizon)
     right = reward > 0
     right &= jnp.cumsum(right) + count <= num
     weight = (right[:, None] & (before < PLANTED)).astype(jnp.float32)
@@ -145,17 +148,18 @@ def clone(key, base, num: int, horizon: int):
 
   start = key, jnp.int32(0), jnp.exp(base[0]), jnp.exp(base[1])
   _, _, styles, tokens = jax.lax.while_loop(lambda carry: carry[1] < num, again, start)
-  return jnp.log(styles), jnp.log(tokens)
+  return value((jnp.log(styles), jnp.log(tokens)), horizon)
 
 
-@functools.partial(jax.jit, static_argnames=("num", "horizon"))
-def reinforce(key, base, num: int, horizon: int, rate: float = 0.1):
+@functools.partial(jax.jit, static_argnames="horizon")
+def reinforce(key, base, num, horizon: int, rate: float = 0.1):
   """REINFORCE with leave-one-out baselines and Adam: num draws, BATCH an update, each used once."""
   optimizer = optax.adam(rate)
 
-  def step(carry, key):
+  def step(i, carry):
     params, state = carry
-    styles, tokens, before, reward = draw(key, params, BATCH, horizon)
+    now = jax.random.fold_in(key, i)
+    styles, tokens, before, reward = draw(now, params, BATCH, horizon)
     advantage = advantages.leave_one_out(reward)[:, None]
 
     def loss(params):
@@ -163,17 +167,17 @@ def reinforce(key, base, num: int, horizon: int, rate: float = 0.1):
       return jnp.sum(policy.reinforce(each, each, advantage * jnp.ones_like(each), mask)) / BATCH
 
     updates, state = optimizer.update(jax.grad(loss)(params), state)
-    return (optax.apply_updates(params, updates), state), None
+    return optax.apply_updates(params, updates), state
 
-  keys = jax.random.split(key, num // BATCH)
-  return jax.lax.scan(step, (base, optimizer.init(base)), keys)[0][0]
+  params, _ = jax.lax.fori_loop(0, num // BATCH, step, (base, optimizer.init(base)))
+  return value(params, horizon)
 
 
 def one_rate(horizon: int) -> np.ndarray:
   """The rate of all styles at which the base policy's reward is the heterogeneous one's."""
   wanted = float(value(base_policy(RATES), horizon))
   low, high = RATES[0], RATES[-1]
-  of = jax.jit(lambda rate: value(base_policy(jnp.full(STYLES, rate)), horizon))
+  of = lambda rate: value(base_policy(jnp.full(STYLES, rate)), horizon)
   for _ in range(30):
     middle = (low + high) / 2
     low, high = (middle, high) if of(middle) < wanted else (low, middle)
@@ -181,11 +185,10 @@ def one_rate(horizon: int) -> np.ndarray:
 
 
 def learnt(learn, rates, num: int, horizon: int) -> np.ndarray:
-  """Rewards over seeds, [S]."""
-  base = base_policy(rates)
-  made = [learn(key, base, num=num, horizon=horizon)
-          for key in jax.random.split(jax.random.key(0), _SEEDS.value)]  # fmt: skip
-  return np.array([value(params, horizon) for params in made])
+  """Rewards of what is learnt, over seeds, [S]."""
+  keys = jax.random.split(jax.random.key(0), _SEEDS.value)
+  over = jax.vmap(functools.partial(learn, horizon=horizon), (0, None, None))
+  return np.asarray(over(keys, base_policy(rates), jnp.int32(num)))
 
 
 def interval(values: np.ndarray) -> str:
@@ -195,20 +198,20 @@ def interval(values: np.ndarray) -> str:
 
 def tabulate(name: str, settings, rates_of, rows: dict) -> None:
   """Prints a table by setting (n, H), and collects the means."""
-  print(f"\n| {name} | base | right | best | clone, n to infinity | clone | verify | verify less clone,"
-        " steps |")  # fmt: skip
-  print("|---" * 8 + "|")
+  heads = "base | right | clone | clone, n to infinity | verify | best | verify less clone, steps"
+  print(f"\n| {name} | {heads} |\n" + "|---" * 8 + "|")
   for num, horizon in settings:
     rates = rates_of(horizon)
     base = base_policy(rates)
-    found = [learnt(learn, rates, num, horizon) for learn in (clone, reinforce)]
+    cloned, verified = (learnt(learn, rates, num, horizon) for learn in (clone, reinforce))
     right = float(chain(jnp.exp(base[1][..., 0]), horizon)[-1, :, -1].mean())
     best = 1 - (PLANTED - 1) / horizon
     limit = float(value(given_right(rates, horizon), horizon))
-    rows[name, num, horizon] = [x.mean() for x in found] + [limit, best]
-    print(f"| n = {num}, H = {horizon} | {float(value(base, horizon)):.3f} | {right:.3f} | {best:.3f} |"
-          f" {limit:.3f} | {interval(found[0])} | {interval(found[1])} |"
-          f" {interval(horizon * (found[1] - found[0]))} |", flush=True)  # fmt: skip
+    rows[name, num, horizon] = [cloned.mean(), verified.mean(), limit]
+    cells = [f"n = {num}, H = {horizon}", f"{float(value(base, horizon)):.3f}", f"{right:.3f}"]
+    cells += [interval(cloned), f"{limit:.3f}", interval(verified), f"{best:.3f}"]
+    cells.append(interval(horizon * (verified - cloned)))
+    print("| " + " | ".join(cells) + " |", flush=True)
 
 
 def draw_figure(rows: dict, path: str) -> None:

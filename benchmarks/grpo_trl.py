@@ -2,7 +2,7 @@
 
   python -m ancestral.benchmarks.grpo_trl                                      # 11M, 8 x 8 samples
   python -m ancestral.benchmarks.grpo_trl --peers=default,tuned,static,compiled
-  python -m ancestral.benchmarks.grpo_trl --shape=1B --compute=bfloat16 --answer_length=512   # a GPU
+  python -m ancestral.benchmarks.grpo_trl --shape=1B --compute=bfloat16     # for a GPU
 
 A step is a group of samples of each prompt, a reward in Python of every text, advantages, and one
 clipped update by AdamW: no reference model, no second use of a sample. Ours is the round of
@@ -18,8 +18,8 @@ text is outside the model's vocabulary, so all samples are of one length. The pe
 After each step of the peer one of ours is made, so a busy machine slows both; the ratio is the
 median over such pairs. Seconds of the CPU are given beside the wall clock's: they are of all
 threads, and waiting for a core is not in them (OMP_WAIT_POLICY=passive has torch's threads sleep
-while they wait for each other). Before, our gradient's norm on the peer's first samples is compared
-with the one that it reports. The bound has the arithmetic at the speed of a large matrix product,
+while they wait for each other). Our gradient's norm on the peer's first samples is printed beside
+the one that it reports. The bound has the arithmetic at the speed of a large matrix product,
 each prompt read once and the weights read once a token; attention's own products are left out.
 """
 
@@ -39,7 +39,7 @@ from absl import app, flags
 
 from ancestral.benchmarks import decode_hf
 from ancestral.configs import policy
-from ancestral.evaluation import attempts, speed
+from ancestral.evaluation import speed
 from ancestral.launch import methods
 from ancestral.models import pretrained, transformer
 from ancestral.tasks import base as tasks
@@ -68,6 +68,7 @@ _STEPS = flags.DEFINE_integer("steps", 7, "Timed, of each system.", 1)
 _WARM_UP = flags.DEFINE_integer("warm_up", 2, "Steps before.", 1)
 
 PHASES = ("sampling", "verifying", "updating")
+SHOWN = ("sampling", "updating", "cpu/step", "cpu/sampling", "cpu/updating")
 _RATE = 1e-6
 
 
@@ -92,88 +93,106 @@ def write_tokenizer(path: str) -> None:
   made.save(path)
 
 
-def timed(found: dict[str, float], name: str, function):
-  """The same function; its seconds are added to `found[name]`."""
+class Clock:
+  """Seconds that a step takes, by phase: of the wall's clock, and of all threads on the CPU."""
 
-  @functools.wraps(function)
-  def run(*args, **kwargs):
-    start = time.perf_counter()
-    result = function(*args, **kwargs)
-    found[name] += time.perf_counter() - start
-    return result
+  def __init__(self):
+    self.steps: list[dict[str, float]] = []
+    self._found = collections.Counter()
 
-  return run
+  @contextlib.contextmanager
+  def _adding(self, name: str):
+    start, cpu = time.perf_counter(), time.process_time()
+    yield
+    self._found[name] += time.perf_counter() - start
+    self._found[f"cpu/{name}"] += time.process_time() - cpu
+
+  def timed(self, phase: str, function):
+    """The same function, as a phase."""
+
+    @functools.wraps(function)
+    def run(*args, **kwargs):
+      with self._adding(phase):
+        return function(*args, **kwargs)
+
+    return run
+
+  @contextlib.contextmanager
+  def step(self):
+    """A step: what is in none of the other phases is updating."""
+    self._found.clear()
+    with self._adding("step"):
+      yield
+    for prefix in ("", "cpu/"):
+      others = self._found[f"{prefix}sampling"] + self._found[f"{prefix}verifying"]
+      self._found[f"{prefix}updating"] = self._found[f"{prefix}step"] - others
+    self.steps.append(dict(self._found))
 
 
-@contextlib.contextmanager
-def watched(found: dict[str, float], made: list[dict[str, float]]):
-  """Appends to `made` what a step took: the phases that `found` has, and the rest, as updating."""
-  found.clear()
-  start, cpu = time.perf_counter(), time.process_time()
-  yield
-  seconds, cpu = time.perf_counter() - start, time.process_time() - cpu
-  made.append({**found, "updating": seconds - sum(found.values()), "seconds": seconds, "cpu": cpu})
-
-
-def config_of_method():
-  """`configs/policy.py:grpo` with the sizes of this run."""
+def method_of(model) -> methods.Method:
+  """That of `configs/policy.py:grpo`, with the sizes of this run."""
   with (config := policy.get_config("grpo")).unlocked():
-    config.rollouts.group_size = _GROUP.value
-    config.rollouts.max_new_tokens = _ANSWER.value
-  return config
+    config.rollouts.update(group_size=_GROUP.value, max_new_tokens=_ANSWER.value)
+  return methods.build(model, config)
 
 
-def ours(config, params, path, problems, made):
-  """A function of a step's number that makes it, and `made` gets what it took."""
-  tokenizer = tokenizers.from_file(path)
-  task = tasks.Task(None, lambda problem, text: tasks.Verification(False, "none is right"), tokenizer)
+def updating(model):
+  """An update, which takes its state over, and a function of parameters: the first state."""
+  optimize, averaging = optimizer.adamw(_RATE, weight_decay=0.0), state.no_average()
+  parts = {"optimizer": optimize, "averaging": averaging, "loss_fn": method_of(model).loss_fn}
+  update = functools.partial(step.train_step, **parts)
+  begin = lambda params: state.init(
+    jax.random.key(0), lambda key: jax.tree.map(jnp.copy, params), optimize, averaging
+  )
+  return jax.jit(update, donate_argnums=1), begin
+
+
+def rolling(config, tokenizer):
+  """(key, params, problems) -> Rollouts."""
   model = transformer.transformer(config)
-  method = methods.build(model, config_of_method())
-  sample = rollouts.sampler(
-    model, group_size=_GROUP.value, max_new_tokens=_ANSWER.value, stop=(tokenizer.eos,)
+  sizes = {"group_size": _GROUP.value, "max_new_tokens": _ANSWER.value}
+  sample = rollouts.sampler(model, stop=(tokenizer.eos,), **sizes)
+  unstacked = jax.jit(transformer.unstack)
+  task = tasks.Task(None, None, tokenizer)
+  return lambda key, params, problems: rollouts.roll_out(
+    sample,
+    unstacked(params),
+    task,
+    problems,
+    key,
+    verify_all=lambda asked: [tasks.Verification(False, "it has no answer") for _ in asked],
+    temperature=1.0,
+    batch_size=_PROMPTS.value * _GROUP.value,
+    max_length=config.max_length,
+    **sizes,
   )
-  unstacked, found = jax.jit(transformer.unstack), collections.defaultdict(float)
 
-  def roll_out(key, params, problems):
-    return rollouts.roll_out(
-      sample,
-      unstacked(params),
-      task,
-      problems,
-      key,
-      verify_all=attempts.in_process(task.verify),
-      temperature=1.0,
-      group_size=_GROUP.value,
-      batch_size=_PROMPTS.value * _GROUP.value,
-      max_length=config.max_length,
-      max_new_tokens=_ANSWER.value,
-    )
 
-  def rewards(rng, rolled):
-    assert (rolled.lengths == _ANSWER.value).all(), rolled.lengths
-    return np.array([[reward(text) for text in a.responses] for a in rolled.attempts], np.float32)
+def ours(config, params, path, problems, clock):
+  """A function of a step's number that makes it; `clock` gets what it took."""
+  model = transformer.transformer(config)
+  update, begin = updating(model)
 
-  optimize = optimizer.adamw(_RATE, weight_decay=0.0)
-  averaging = state.no_average()
-  update = functools.partial(
-    step.train_step, loss_fn=method.loss_fn, optimizer=optimize, averaging=averaging
-  )
+  def rewards(rng, made):
+    assert (made.lengths == _ANSWER.value).all(), made.lengths
+    return np.array([[reward(text) for text in a.responses] for a in made.attempts], np.float32)
+
   run = learning.round_step(
     learning.Round(
-      timed(found, "sampling", roll_out),
-      timed(found, "verifying", rewards),
-      method.select,
+      clock.timed("sampling", rolling(config, tokenizers.from_file(path))),
+      clock.timed("verifying", rewards),
+      method_of(model).select,
       lambda params, minibatch: minibatch,
-      jax.jit(update, donate_argnums=1),
-      lambda count, rolled, rewards: None,
+      update,
+      lambda count, made, rewards: None,
     ),
     capacity=_PROMPTS.value * _GROUP.value,
   )
-  held = state.init(jax.random.key(0), lambda key: jax.tree.map(jnp.copy, params), optimize, averaging)
+  held = begin(params)
 
   def one(number):
     nonlocal held
-    with watched(found, made):
+    with clock.step():
       held, _ = run(jax.random.key(1), held, problems[number])
       jax.block_until_ready(held.params)
 
@@ -189,17 +208,8 @@ def gradient_norm(config, params, seen) -> float:
   rows = {"tokens": tokens[:, :-1], "targets": tokens[:, 1:], "mask": mask}
   rows["log_prob"] = rows["old_log_prob"] = learning.scorer(model)(params, rows)
   rows["advantage"] = seen["advantages"][:, None] * mask
-  update = functools.partial(
-    step.train_step,
-    loss_fn=methods.build(model, config_of_method()).loss_fn,
-    optimizer=optimizer.adamw(_RATE, weight_decay=0.0),
-    averaging=state.no_average(),
-  )
-  before = state.init(
-    jax.random.key(0), lambda key: params, optimizer.adamw(_RATE, weight_decay=0.0),
-    state.no_average(),
-  )
-  return float(jax.jit(update)(jax.random.key(0), before, rows)[1]["gradient_norm"])
+  update, begin = updating(model)
+  return float(update(jax.random.key(0), begin(params), rows)[1]["gradient_norm"])
 
 
 def their_model(config, params):
@@ -207,17 +217,15 @@ def their_model(config, params):
   import torch
   import transformers
 
-  special = {"bos_token_id": 1, "eos_token_id": None, "pad_token_id": 0}
-  model = transformers.LlamaForCausalLM(
-    transformers.LlamaConfig(**pretrained.llama_config(config), **special)
-  )
+  made = pretrained.llama_config(config) | {"bos_token_id": 1, "eos_token_id": None}
+  model = transformers.LlamaForCausalLM(transformers.LlamaConfig(**made, pad_token_id=0))
   weights = pretrained.llama_state_dict(params)
   model.load_state_dict({name: torch.from_numpy(value) for name, value in weights.items()})
   return model
 
 
 def their_config(folder, steps, **settings):
-  """The peer's configuration: the same step, and nothing else in it."""
+  """The same step; temperature 1, no divergence and the gradient's clipping are its defaults."""
   import trl
 
   return trl.GRPOConfig(
@@ -227,12 +235,9 @@ def their_config(folder, steps, **settings):
     num_generations=_GROUP.value,
     max_completion_length=_ANSWER.value,
     loss_type="grpo",
-    beta=0.0,
-    temperature=1.0,
     shuffle_dataset=False,
     learning_rate=_RATE,
     lr_scheduler_type="constant",
-    max_grad_norm=1.0,
     bf16=_COMPUTE.value == "bfloat16",
     logging_steps=1,
     save_strategy="no",
@@ -242,75 +247,82 @@ def their_config(folder, steps, **settings):
   )
 
 
-def theirs(config, params, path, problems, between, **settings):
-  """Trains the peer, with `between(step)` after each step; what each took, and its first batch."""
+class Peer:
+  """A trainer that is watched: what its steps took, and its first batch."""
+
+  def __init__(self, trainer):
+    self.trainer, self.clock, self.first = trainer, Clock(), {}
+    trainer._generate = self.clock.timed("sampling", trainer._generate)
+    trainer._calculate_rewards = self.clock.timed("verifying", trainer._calculate_rewards)
+    self._loss, trainer._compute_loss = trainer._compute_loss, self._kept
+
+  def _kept(self, model, inputs):
+    self.first = self.first or {k: v.cpu().numpy() for k, v in inputs.items() if hasattr(v, "cpu")}
+    assert inputs["completion_mask"].sum() == inputs["completion_mask"].numel()
+    assert inputs["completion_ids"].shape[1] == _ANSWER.value
+    return self._loss(model, inputs)
+
+  def train(self, between):
+    """With `between(step)` after each step; the gradient's norm at the first."""
+    import torch
+    import transformers
+
+    synchronize = torch.cuda.synchronize if torch.cuda.is_available() else lambda: None
+    watching, clock = contextlib.ExitStack(), self.clock
+
+    class Watch(transformers.TrainerCallback):
+      def on_step_begin(self, *args, **kwargs):
+        watching.enter_context(clock.step())
+
+      def on_step_end(self, args, state, control, **kwargs):
+        synchronize()
+        watching.close()
+        between(state.global_step - 1)
+
+    self.trainer.add_callback(Watch())
+    self.trainer.remove_callback(transformers.PrinterCallback)
+    self.trainer.train()
+    return self.trainer.state.log_history[0]["grad_norm"]
+
+
+def theirs(config, params, path, problems, folder, **settings) -> Peer:
+  """The peer, with the same weights, tokenizer, prompts and reward."""
   import datasets
-  import torch
   import transformers
   import trl
 
   special = {"pad_token": "<pad>", "bos_token": "<s>", "eos_token": "</s>"}
-  tokenizer = transformers.PreTrainedTokenizerFast(tokenizer_file=path, **special)
-  found, made, first = collections.defaultdict(float), [], {}
-  synchronize = torch.cuda.synchronize if torch.cuda.is_available() else lambda: None
-  watching = contextlib.ExitStack()
-
-  class Watch(transformers.TrainerCallback):
-    def on_step_begin(self, *args, **kwargs):
-      watching.enter_context(watched(found, made))
-
-    def on_step_end(self, args, state, control, **kwargs):
-      synchronize()
-      watching.close()
-      between(state.global_step - 1)
-
-  with tempfile.TemporaryDirectory() as folder:
-    trainer = trl.GRPOTrainer(
+  prompts = [problem.prompt for several in problems for problem in several]
+  return Peer(
+    trl.GRPOTrainer(
       their_model(config, params),
       lambda completions, **kwargs: [reward(text) for text in completions],
       args=their_config(folder, len(problems), **settings),
-      train_dataset=datasets.Dataset.from_dict(
-        {"prompt": [problem.prompt for step in problems for problem in step]}
-      ),
-      processing_class=tokenizer,
-      callbacks=[Watch()],
+      train_dataset=datasets.Dataset.from_dict({"prompt": prompts}),
+      processing_class=transformers.PreTrainedTokenizerFast(tokenizer_file=path, **special),
     )
-    trainer.remove_callback(transformers.PrinterCallback)
-    trainer._generate = timed(found, "sampling", trainer._generate)
-    trainer._calculate_rewards = timed(found, "verifying", trainer._calculate_rewards)
-    loss = trainer._compute_loss
-
-    def kept(model, inputs):
-      if not first:
-        first.update({k: v.cpu().numpy() for k, v in inputs.items() if torch.is_tensor(v)})
-      assert inputs["completion_mask"].sum() == inputs["completion_mask"].numel()
-      assert inputs["completion_ids"].shape[1] == _ANSWER.value
-      return loss(model, inputs)
-
-    trainer._compute_loss = kept
-    trainer.train()
-  return made, first, trainer.state.log_history[0]["grad_norm"]
+  )
 
 
-def compare(name, config, params, path, problems) -> dict:
+def compare(name, config, params, folder, problems) -> dict:
   """One setting of the peer, beside ours."""
-  mine = []
-  between = ours(config, params, path, problems, mine)
-  made, first, norm = theirs(config, params, path, problems, between, **PEERS[name])
-  load = os.getloadavg()[0]
-  mine, made = mine[_WARM_UP.value :], made[_WARM_UP.value :]
+  path, clock = f"{folder}/tokenizer.json", Clock()
+  between = ours(config, params, path, problems, clock)
+  peer = theirs(config, params, path, problems, folder, **PEERS[name])
+  norm = peer.train(between)
+  mine, made = clock.steps[_WARM_UP.value :], peer.clock.steps[_WARM_UP.value :]
   drawn = _PROMPTS.value * _GROUP.value * _ANSWER.value
   median = lambda rows: {key: statistics.median(row[key] for row in rows) for key in rows[0]}
-  pairs = list(zip(made, mine, strict=True))
-  ratios = {key: [a[key] / b[key] for a, b in pairs] for key in ("seconds", "cpu", *PHASES)}
+  rated = lambda found: {**found, "tokens_per_second": drawn / found["step"]}
+  ratios = {key: [a[key] / b[key] for a, b in zip(made, mine, strict=True)] for key in made[0]}
   return {
     "peer": name,
-    "ancestral": {**median(mine), "tokens_per_second": drawn / median(mine)["seconds"]},
-    "trl": {**median(made), "tokens_per_second": drawn / median(made)["seconds"]},
+    "ancestral": rated(median(mine)),
+    "trl": rated(median(made)),
     "ratio": {key: statistics.median(values) for key, values in ratios.items()},
-    "ratio_range": [min(ratios["seconds"]), max(ratios["seconds"])],
-    "gradient_norms": [gradient_norm(config, params, first), norm],
-    "load": load,
+    "range": [min(ratios["step"]), max(ratios["step"])],
+    "gradient_norms": [gradient_norm(config, params, peer.first), norm],
+    "load": os.getloadavg()[0],
   }
 
 
@@ -333,28 +345,31 @@ def bound(count: int) -> dict[str, float]:
 
 
 def show(row: dict) -> None:
-  """Two lines."""
+  """What was measured, in a few lines."""
   for name in ("trl", "ancestral"):
     r = row[name]
-    phases = ", ".join(f"{phase} {100 * r[phase] / r['seconds']:.1f}%" for phase in PHASES)
+    phases = ", ".join(f"{phase} {100 * r[phase] / r['step']:.1f}%" for phase in PHASES)
     print(
-      f"  {row['peer'] if name == 'trl' else '':8} {name:9} {r['tokens_per_second']:6.0f} tokens/s,"
-      f" {r['seconds']:.2f} s a step ({phases}), {r['cpu']:.2f} s of CPU"
+      f"{row['peer']:8} {name:9} {r['tokens_per_second']:.0f} tokens/s, {r['step']:.2f} s a step "
+      f"({phases}); of CPU {r['cpu/step']:.2f} s"
     )
-  low, high = row["ratio_range"]
-  parts = ", ".join(f"{key} {row['ratio'][key]:.2f}" for key in ("cpu", "sampling", "updating"))
+  parts = ", ".join(f"{key} {row['ratio'][key]:.2f}" for key in SHOWN)
+  norms, around = ("{:.5g} and {:.5g}".format(*row[key]) for key in ("gradient_norms", "range"))
   print(
-    f"  {'':8} ratio {row['ratio']['seconds']:.2f} ({low:.2f} to {high:.2f}); {parts}; gradient "
-    "norms {:.6f}, {:.6f}".format(*row["gradient_norms"]) + f"; load {row['load']:.1f}"
+    f"{row['peer']:8} ratio {row['ratio']['step']:.2f} (between {around}); {parts}; gradient norms "
+    f"{norms}; load {row['load']:.1f}"
   )
+
+
+def drawn_problems() -> list[list[tasks.Problem]]:
+  """Those of each step: letters, and the token that begins a text before them."""
+  size = _WARM_UP.value + _STEPS.value, _PROMPTS.value, _QUESTION.value - 1
+  letters = np.random.default_rng(0).integers(97, 123, size)
+  return [[tasks.Problem("".join(map(chr, row)), "", {}) for row in rows] for rows in letters]
 
 
 def main(_):
   """Prints the table, and writes it."""
-  import torch
-  import transformers
-  import trl
-
   jax.config.update("jax_default_matmul_precision", "highest")
   config = transformer.TransformerConfig(
     vocab_size=258,
@@ -364,39 +379,21 @@ def main(_):
   )
   params = transformer.transformer(config).init(jax.random.key(0), jnp.zeros((1, 1), jnp.int32))
   count = sum(leaf.size for leaf in jax.tree.leaves(params))
-  rng = np.random.default_rng(0)
-  text = lambda: "".join(map(chr, rng.integers(97, 123, _QUESTION.value - 1)))  # and <s>
-  problems = [
-    [tasks.Problem(text(), "", {}) for _ in range(_PROMPTS.value)]
-    for _ in range(_WARM_UP.value + _STEPS.value)
-  ]
   least = bound(count)
-  seconds = least["sampling"] + least["updating"]
   print(
     f"{count / 1e6:.1f}M parameters, {config.dtype}; {decode_hf.processor()}: "
     f"{least['flops'] / 1e9:.0f} GFLOP/s, {least['bytes_per_second'] / 1e9:.1f} GB/s; bound "
-    f"{seconds:.2f} s a step, sampling {least['sampling']:.2f}"
+    f"{least['sampling'] + least['updating']:.2f} s a step, sampling {least['sampling']:.2f}"
   )
   rows = []
   with tempfile.TemporaryDirectory() as folder:
-    path = os.path.join(folder, "tokenizer.json")
-    write_tokenizer(path)
+    write_tokenizer(f"{folder}/tokenizer.json")
     for name in _PEERS.value:
-      rows.append(compare(name, config, params, path, problems))
+      rows.append(compare(name, config, params, folder, drawn_problems()))
       show(rows[-1])
   if decode_hf.JSON.value:
-    result = {
-      "date": time.strftime("%Y-%m-%d"),
-      "machine": decode_hf.processor(),
-      "shape": _SHAPE.value,
-      "compute": _COMPUTE.value,
-      "parameters": count,
-      "bound": least,
-      "versions": {m.__name__: m.__version__ for m in (jax, torch, transformers, trl)},
-      "rows": rows,
-    }
     with open(decode_hf.JSON.value, "w") as file:
-      json.dump(result, file, indent=1)
+      json.dump({"parameters": count, "bound": least, "rows": rows}, file, indent=1)
 
 
 if __name__ == "__main__":

@@ -19,8 +19,8 @@ import ml_collections
 from ml_collections import config_dict
 
 METHODS = {
-  "raft": {"name": "best", "keep": 1},  # of a group
-  "reward_weighted": {"name": "tilted", "temperature": 1.0},
+  "raft": {"name": "best", "keep": 1, "real": 0},
+  "reward_weighted": {"name": "tilted", "temperature": 1.0, "real": 0},
   "diffusion_dpo": {
     "name": "preference",
     "loss": "dpo",  # or ipo, hinge
@@ -86,7 +86,7 @@ def get_config(variant: str = "raft") -> ml_collections.ConfigDict:
         "grid": "karras",
         "evaluations": 10,
         "noisiest": 80.0,
-        "cleanest": 0.01,
+        "cleanest": 0.2,  # of the rounds too; less keeps noise, and more takes contrast away
         "guidance": 1.0,
       },
     }

@@ -20,7 +20,7 @@ from . import experiment as experiment_lib
 READS = (flags.CONFIG, flags.WORKDIR, flags.LAST, flags.STEP, flags.BEST, flags.AVERAGE_STD)
 # Each has FLAGS, those that it reads, and evaluate(experiment, params, workdir, console), which
 # prints, and returns JSON.
-KINDS = {"language": answers, "images": distances, "image_learning": distances}
+KINDS = {"language": answers, "images": distances, "image_learning": distances, "learning": answers}
 
 
 def write(workdir: str, result: dict[str, Any]) -> pathlib.Path:

@@ -38,6 +38,7 @@ class Drawn(NamedTuple):
   right: np.ndarray  # [P, G], 1 where no class is likelier
   lengths: np.ndarray  # [P, G], calls of the network
   seconds: dict[str, float]  # "sampling", "verifying"
+  seed: np.ndarray  # of whatever else is drawn in the round
 
   def rewards(self) -> np.ndarray:
     """1 where the verifier finds the class asked for, else 0; [P, G] float32."""
@@ -64,14 +65,25 @@ class Method(NamedTuple):
 def _imitation(
   experiment: images.Experiment, weights: Callable[[np.ndarray], np.ndarray], rows: int
 ) -> Method:
+  """Weighted images, and for each class asked for `config.method.real` training images."""
+  num_real, examples = experiment.config.method.real, experiment.examples
+  fields.require(num_real >= 0, f"method.real is {num_real}; it is at least 0")
+
   def select(made, rewards):
     weight = weights(rewards).ravel()
     chosen = np.flatnonzero(weight)
-    kept = {name: values[chosen] for name, values in made.rows.items()}
-    return {**kept, "weight": weight[chosen]}
+    rng = np.random.default_rng(made.seed)
+    real = rng.choice(len(examples.train), len(rewards) * num_real)
+    own = {name: values[chosen] for name, values in made.rows.items()} | {"weight": weight[chosen]}
+    others = {
+      "x": examples.train[real],
+      "label": examples.train_labels[real],
+      "weight": np.ones(len(real), np.float32),
+    }
+    return jax.tree.map(lambda *parts: np.concatenate(parts), own, others)
 
   loss = diffusion_learning.weighted(experiment.loss_fn)
-  return Method(select, rows, lambda reference: loss, reference=False)
+  return Method(select, rows + num_real, lambda reference: loss, reference=False)
 
 
 def _best(experiment: images.Experiment) -> Method:
@@ -266,7 +278,9 @@ def drawing(
     found = [part.reshape(-1, r.group_size) for part in judge(x, every)]
     seconds = {"sampling": drawn - start, "verifying": time.perf_counter() - drawn}
     lengths = np.full(found[0].shape, table.num_rows)
-    return Drawn({"x": x, "label": every}, *found, lengths, seconds)
+    return Drawn(
+      {"x": x, "label": every}, *found, lengths, seconds, np.asarray(jax.random.key_data(key))
+    )
 
   return draw
 

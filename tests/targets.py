@@ -1,6 +1,9 @@
 """What tests share: small models with fixed params, prompts and keys, and the noise of a law."""
 
 import functools
+import os
+import subprocess
+import sys
 
 import jax
 import jax.numpy as jnp
@@ -162,3 +165,23 @@ def check_law(samples: np.ndarray, law: np.ndarray) -> None:
   assert counts[law == 0].sum() == 0, "a token of probability 0 was drawn"
   distance, floor = total_variation(counts, law), noise_floor(law, len(samples))
   assert distance <= floor, f"total variation {distance:.4f}, noise floor {floor:.4f}"
+
+
+def run_on_eight_devices(path: str, name: str) -> None:
+  """Runs the functions `eight_*` of a test file that `name` selects, in a process of 8 devices."""
+  environment = {
+    **os.environ,
+    "JAX_PLATFORMS": "cpu",
+    "XLA_FLAGS": "--xla_force_host_platform_device_count=8 --xla_backend_optimization_level=0",
+  }
+  command = [sys.executable, "-m", "pytest", "-q", "-x", "-p", "no:cacheprovider", "-p", "no:xdist"]
+  done = subprocess.run(
+    [*command, "-o", "python_functions=eight_*", "-k", name, os.path.abspath(path)],
+    env=environment,
+    capture_output=True,
+    text=True,
+    timeout=600,
+    check=False,
+  )
+  assert done.returncode == 0, done.stdout + done.stderr
+  assert "1 passed" in done.stdout

@@ -14,6 +14,7 @@ from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 
 from ..models import base as models
@@ -103,7 +104,7 @@ def round_step(
       **{f"seconds/{phase}": seconds for phase, seconds in made.seconds.items()},
       "seconds/updating": time.perf_counter() - start,
     }
-    return state._replace(step=state.step * 0 + count + 1), metrics
+    return state._replace(step=jnp.int32(count + 1)), metrics
 
   return run
 

@@ -9,7 +9,16 @@ import numpy as np
 import pytest
 from absl import flags as absl_flags
 
-from ancestral.launch import draws, evaluate, experiment, fields, language, sample, train
+from ancestral.launch import (
+  draws,
+  evaluate,
+  experiment,
+  fields,
+  language,
+  sample,
+  supervised,
+  train,
+)
 from ancestral.training import data, metrics
 
 POINTS = np.random.default_rng(0).normal(3, 0.1, size=(64, 2)).astype(np.float32)
@@ -81,7 +90,10 @@ def draw(wanted):
 def mean_kind(monkeypatch):
   """The three tables that a kind is entered in."""
   module = types.SimpleNamespace(
-    FREE_TO_EVALUATE=("train",), build=build, finished=lambda params: params["mean"]
+    FREE_TO_EVALUATE=("train",),
+    build=build,
+    stepping=supervised.stepping,
+    finished=lambda params: params["mean"],
   )
   monkeypatch.setitem(experiment.KINDS, "mean", module)
   monkeypatch.setitem(evaluate.KINDS, "mean", types.SimpleNamespace(FLAGS=(), evaluate=show))
@@ -135,7 +147,8 @@ def test_it_is_sampled_with_its_own_flags(command, workdir, trained):
 def test_an_unknown_kind(mean_kind):
   config = fields.Config({"kind": "meen"})
   with pytest.raises(
-    ValueError, match=r"config.kind is 'meen'; it is one of classifier, images, language, mean\."
+    ValueError,
+    match=r"'meen'; it is one of classifier, image_learning, images, language, learning, mean\.",
   ):
     experiment.build(config)
 

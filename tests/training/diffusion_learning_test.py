@@ -53,7 +53,7 @@ def test_softmax_in_groups_is_luces_choice_among_them():
   """p E[e^r / (e^r + sum of the others' e^r)], the others' number of high rewards binomial."""
 
   def chosen(reward):
-    others = [0.5**3, 3 * 0.5**3, 3 * 0.5**3, 0.5**3]  # how many of three have reward 1
+    others = np.array([1, 3, 3, 1]) / 8  # how many of three have reward 1
     rest = np.arange(4) * np.e + (3 - np.arange(4))
     return SIZE * np.sum(others * np.exp(reward) / (np.exp(reward) + rest))
 

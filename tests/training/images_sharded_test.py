@@ -3,10 +3,6 @@
 `eight_devices` needs eight: `test_on_eight_devices` runs it in a process that has them.
 """
 
-import os
-import subprocess
-import sys
-
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -14,6 +10,7 @@ import optax
 import pytest
 from jax.sharding import AxisType, NamedSharding, PartitionSpec
 
+import targets
 from ancestral.models import base, dit, precondition, schedules, unet
 from ancestral.sampling import base as sampling
 from ancestral.sampling import grids, multistep, sharded, solvers
@@ -104,22 +101,7 @@ def eight_devices(name):
 
 @pytest.mark.parametrize("name", ["dit", pytest.param("unet", marks=pytest.mark.slow)])
 def test_on_eight_devices(name):
-  environment = {
-    **os.environ,
-    "JAX_PLATFORMS": "cpu",
-    "XLA_FLAGS": "--xla_force_host_platform_device_count=8 --xla_backend_optimization_level=0",
-  }
-  command = [sys.executable, "-m", "pytest", "-q", "-x", "-p", "no:cacheprovider", "-p", "no:xdist"]
-  done = subprocess.run(
-    [*command, "-o", "python_functions=eight_*", "-k", name, os.path.abspath(__file__)],
-    env=environment,
-    capture_output=True,
-    text=True,
-    timeout=600,
-    check=False,
-  )
-  assert done.returncode == 0, done.stdout + done.stderr
-  assert "1 passed" in done.stdout
+  targets.run_on_eight_devices(__file__, name)
 
 
 @pytest.mark.parametrize("platform", ["tpu", "cuda"])
