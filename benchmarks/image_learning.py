@@ -36,7 +36,7 @@ METHODS = {
   "raft": ("raft", {}),
   "raft_real": ("raft", {"method.real": 1}),
   "reward_weighted": ("reward_weighted", {}),
-  "diffusion_dpo": ("diffusion_dpo", {"optimizer.peak": 1e-4}),
+  "diffusion_dpo": ("diffusion_dpo", {}),
 }
 COLUMNS = {
   "verifier_accuracy": "verifier finds the class",

@@ -4,10 +4,10 @@
       --workdir=runs/digits_raft --config.start.workdir=runs/digits
 
 The model, its data and the loss of its denoiser are those of the run it starts from, which has
-classes. Each of 40 rounds draws 8 images for each of 32 classes asked for; no real image is read.
-The classifier that judges is trained in START/verifier, and another of other width and seed in
-START/classifier, which no update reads: what it says of the result, beside what the first says,
-tells what was learned from what was exploited. Both are trained when there are none yet.
+classes. Each of 40 rounds draws 8 images for each of 32 classes asked for; no real image is read,
+unless `method.real` asks imitation for some. The classifier that rewards is in START/verifier;
+another of other width and seed, in START/classifier, judges, and no update reads it: what both say
+of the result tells what was learned from what was exploited. They are trained when there are none.
 
 Variants:
   raft             imitation of the best of each group (2304.06767)
@@ -19,6 +19,7 @@ import ml_collections
 from ml_collections import config_dict
 
 METHODS = {
+  # real: training images beside what is imitated, for each class asked for
   "raft": {"name": "best", "keep": 1, "real": 0},
   "reward_weighted": {"name": "tilted", "temperature": 1.0, "real": 0},
   "diffusion_dpo": {
@@ -61,7 +62,7 @@ def get_config(variant: str = "raft") -> ml_collections.ConfigDict:
       "optimizer": {
         "name": "adamw",
         "schedule": "warmup_cosine",
-        "peak": 3e-4,
+        "peak": 1e-4 if variant == "diffusion_dpo" else 3e-4,
         "warmup_fraction": 0.1,
         "weight_decay": 0.0,
         "clip_norm": 1.0,

@@ -89,6 +89,7 @@ def leaves(workdir, step):
   return [np.asarray(leaf).tobytes() for leaf in jax.tree.leaves(state)]
 
 
+@pytest.mark.slow
 def test_a_run_stops_and_goes_on_as_if_it_had_not(command, start, folder):
   """Of pairs, which read the start after a resumption too."""
   whole, halved = folder / "whole", folder / "halved"
