@@ -4,8 +4,8 @@
       --config.start.workdir=runs/sums
 
 The model, its tokenizer and its task are those of the run it starts from. Each of 40 rounds draws
-16 answers to each of 32 problems; no right answer but the model's own is read. On 2 CPU cores a round
-of `configs/arithmetic.py` takes a second.
+16 answers to each of 32 problems; no right answer is read but the model's own. On 2 CPU cores a
+round of `configs/arithmetic.py` takes a second.
 
 Variants:
   grpo      group-normalised advantages, clipped ratios, mean over each sequence (2402.03300)

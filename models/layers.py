@@ -140,6 +140,18 @@ class RMSNorm(nn.Module):
     return (normed * scale.reshape((1,) * (x.ndim - 1) + (-1,))).astype(x.dtype)
 
 
+class Dense(nn.Dense):
+  """x [..., D] times a matrix, as one product of rows.
+
+  The same numbers as of the shape it has; on CPU the gradient of three-dimensional products takes
+  1.4 times as long.
+  """
+
+  def __call__(self, x):
+    rows = super().__call__(x.reshape(-1, x.shape[-1]))
+    return rows.reshape(*x.shape[:-1], self.features)
+
+
 class Attention(nn.Module):
   """Self-attention of x [B, L, D], over a cache if there is one.
 
@@ -158,7 +170,7 @@ class Attention(nn.Module):
 
   @nn.compact
   def __call__(self, x, *, angles, slots, mask, cache: KeyValues | None):
-    dense = functools.partial(nn.Dense, use_bias=self.use_bias, dtype=self.dtype)
+    dense = functools.partial(Dense, use_bias=self.use_bias, dtype=self.dtype)
 
     def heads(name, num_heads, norm=None):
       projected = dense(num_heads * self.head_dim, name=name)(x)
@@ -190,6 +202,6 @@ class GatedMLP(nn.Module):
 
   @nn.compact
   def __call__(self, x):
-    dense = functools.partial(nn.Dense, use_bias=self.use_bias, dtype=self.dtype)
+    dense = functools.partial(Dense, use_bias=self.use_bias, dtype=self.dtype)
     gated = nn.silu(dense(self.width, name="gate")(x)) * dense(self.width, name="up")(x)
     return dense(x.shape[-1], kernel_init=self.output_init, name="down")(gated)
