@@ -34,7 +34,7 @@ _FIGURE = flags.DEFINE_string("figure", None, "File for the figure.")
 METHODS = {
   "random": ("raft", {"rollouts.reward": "random"}),
   "raft": ("raft", {}),
-  "raft_real": ("raft", {"method.real": 1}),
+  "raft_real": ("raft_real", {}),
   "reward_weighted": ("reward_weighted", {}),
   "diffusion_dpo": ("diffusion_dpo", {}),
 }

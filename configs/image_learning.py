@@ -11,6 +11,7 @@ of the result tells what was learned from what was exploited. They are trained w
 
 Variants:
   raft             imitation of the best of each group (2304.06767)
+  raft_real        and of as many training images, which keep it near the data
   reward_weighted  imitation of all, weights softmax(r / temperature) in each group
   diffusion_dpo    the best of each group against the worst, beside the start (2311.12908)
 """
@@ -21,6 +22,7 @@ from ml_collections import config_dict
 METHODS = {
   # real: training images beside what is imitated, for each class asked for
   "raft": {"name": "best", "keep": 1, "real": 0},
+  "raft_real": {"name": "best", "keep": 1, "real": 1},
   "reward_weighted": {"name": "tilted", "temperature": 1.0, "real": 0},
   "diffusion_dpo": {
     "name": "preference",
