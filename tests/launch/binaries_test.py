@@ -3,6 +3,7 @@
 import html.parser
 import json
 import random
+import re
 import sys
 
 import jax
@@ -230,13 +231,16 @@ class Page(html.parser.HTMLParser):
 def test_the_quickstart_ends_in_a_self_contained_report(command, tmp_path, monkeypatch):
   made = quickstart.configs  # smaller evaluation than the quickstart's own
 
-  def smaller():
-    sums, digits = made()
-    with sums.unlocked(), digits.unlocked():
-      sums.evaluation.update(num_problems=4, num_samples=2, batch_size=24)
+  def smaller(workdir):
+    sums, learning, digits = made(workdir)
+    with sums.unlocked(), learning.unlocked(), digits.unlocked():
+      for config in (sums, learning):
+        config.evaluation.update(num_problems=4, num_samples=2, batch_size=24)
+      learning.train.update(batch_size=8, num_minibatches=2)
+      learning.rollouts.batch_size = 64
       digits.evaluation.update(num_images=20, batch_size=20)
       digits.model.update(num_layers=1, width=16)
-    return sums, digits
+    return quickstart.Configs(sums, learning, digits)
 
   monkeypatch.setattr(quickstart, "configs", smaller)
   monkeypatch.setattr(quickstart, "SAMPLERS", (("dpmpp_2m", 2), ("ddim", 3)))
@@ -247,6 +251,7 @@ def test_the_quickstart_ends_in_a_self_contained_report(command, tmp_path, monke
   outcome = command(quickstart, f"--workdir={tmp_path}", "--num_steps=6")
   assert outcome.status == 0 and str(tmp_path / "report.html") in outcome.out
   assert "pass@1" in outcome.out and "majority@2" in outcome.out
+  weak, learned = re.search(r"sums: ([\d.]+) weak, ([\d.]+) after", outcome.out).groups()
   text = (tmp_path / "report.html").read_text()
   page = Page(text)
   assert "http:" not in text and "https:" not in text and "url(" not in text
@@ -256,10 +261,14 @@ def test_the_quickstart_ends_in_a_self_contained_report(command, tmp_path, monke
   assert len(images) == 5  # two pairs of curves; digits that are real, and of two solvers
   assert all(image["src"].startswith("data:image/png;base64,iVBOR") for image in images)
   assert "dpmpp_2m, 2 evaluations" in page.text and "frechet" in page.text
-  result = json.loads((tmp_path / "evaluation.json").read_text())
-  for rows in result["table"].values():
-    for row in rows:
-      assert f"{row['mean']:.3f} [{row['low']:.2f}, {row['high']:.2f}]" in page.text
+  for folder, mean in ((tmp_path, weak), (tmp_path / "learned", learned)):
+    result = json.loads((folder / "evaluation.json").read_text())
+    for rows in result["table"].values():
+      for row in rows:
+        assert f"{row['mean']:.3f} [{row['low']:.2f}, {row['high']:.2f}]" in page.text
+    right = [r["correct"] for a in result["attempts"] for r in a["responses"]]
+    assert f"{np.mean(right):.3f}" == mean
+  assert (tmp_path / "learned" / "rollouts.html").exists()
   assert result["attempts"][0]["responses"][0]["reason"] in page.text
   records = metrics.read_jsonl(tmp_path / "metrics.jsonl")
   assert records[-1]["step"] == 6 and "pass@1/level_3" in records[-1]
