@@ -1,13 +1,14 @@
 # Every target sets up what it needs: a virtual environment in .venv, installed once per change of
 # setup.py or pyproject.toml.
 #
-#   make quickstart        train, sample, verify and report on the CPU: four minutes
+#   make quickstart        train, sample, verify, learn and report on the CPU: five minutes
 #   make test              ruff and the tests
 #   make test-slow         tests that take long
 #   make test-peers        parity with other libraries (installs torch, transformers, diffusers)
 #   make test-llamacpp     parity with llama.cpp (builds it from source: some minutes)
 #   make benchmark         decoding speed against transformers
 #   make benchmark-grpo    a step of GRPO against TRL (installs it)
+#   make study-learning    ways to learn from samples, side by side: half an hour
 
 PYTHON ?= python3
 VENV ?= .venv
@@ -18,9 +19,9 @@ PYTEST_FLAGS ?= -q -n 2
 # Read, not imported: their losses are taken out of the source (tests/parity/extracted.py).
 PUBLISHED := trl==0.24.0 verl==0.9.1 openrlhf==0.11.2
 
-.PHONY: quickstart test test-slow test-peers test-llamacpp benchmark benchmark-grpo clean
+.PHONY: quickstart test test-slow test-peers test-llamacpp benchmark benchmark-grpo study-learning clean
 
-quickstart test test-slow test-peers test-llamacpp: export JAX_PLATFORMS ?= cpu
+quickstart test test-slow test-peers test-llamacpp study-learning: export JAX_PLATFORMS ?= cpu
 
 quickstart: $(VENV)/installed
 	$(BIN)/python -m ancestral.launch.quickstart --workdir=$(WORKDIR)
@@ -44,6 +45,9 @@ benchmark: $(VENV)/installed-peers
 
 benchmark-grpo: $(VENV)/installed-trl
 	OMP_WAIT_POLICY=passive $(BIN)/python -W ignore -m ancestral.benchmarks.grpo_trl
+
+study-learning: $(VENV)/installed
+	$(BIN)/python -m ancestral.benchmarks.learning_study
 
 $(VENV)/installed: setup.py pyproject.toml
 	$(PYTHON) -c 'import sys; sys.exit("Python 3.11 or newer is needed; set PYTHON=..." if sys.version_info < (3, 11) else 0)'
