@@ -11,7 +11,6 @@ KL(model, start) in nats per answer, with 95% intervals (Student's t) over seeds
 are not repeated. Half an hour on 2 CPU cores.
 """
 
-import json
 import pathlib
 from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
@@ -53,17 +52,17 @@ class Method(NamedTuple):
 OFFLINE = {"rollouts.policy": "start"}
 METHODS: Mapping[str, Method] = {
   "RAFT": Method(policy, "raft"),
-  "DPO, offline": Method(preference, "dpo", overrides=OFFLINE),
+  "offline DPO": Method(preference, "dpo", overrides=OFFLINE),
   "DPO": Method(preference, "dpo"),
   "Step-DPO": Method(preference, "step_dpo"),
-  "REDI, offline": Method(preference, "redi", overrides=OFFLINE),
+  "offline REDI": Method(preference, "redi", overrides=OFFLINE),
   "REDI": Method(preference, "redi"),
   "GRPO": Method(policy, "grpo"),
   "Dr. GRPO": Method(policy, "dr_grpo"),
   "RLOO": Method(policy, "rloo"),
   "OREAL": Method(policy, "oreal"),
-  "GRPO, random rewards": Method(policy, "grpo", overrides={"rollouts.reward": "random"}),
-  "GRPO, inverted rewards": Method(policy, "grpo", overrides={"rollouts.reward": "inverted"}),
+  "GRPO of random rewards": Method(policy, "grpo", overrides={"rollouts.reward": "random"}),
+  "GRPO of inverted rewards": Method(policy, "grpo", overrides={"rollouts.reward": "inverted"}),
 }
 
 
@@ -165,10 +164,23 @@ def table(
   return made
 
 
+def wanted() -> list[str]:
+  """The methods of the flag.
+
+  Raises:
+    ValueError: there is none of a name.
+  """
+  names = _METHODS.value or list(METHODS)
+  for name in names:
+    if name not in METHODS:
+      raise ValueError(f"--methods has {name!r}; it may have {', '.join(METHODS)}.")
+  return names
+
+
 def main(_: Sequence[str]) -> None:
   """Runs what is missing, and prints the table."""
   logging.set_verbosity(logging.WARNING)
-  folder = pathlib.Path(_FOLDER.value)
+  names, folder = wanted(), pathlib.Path(_FOLDER.value)
   jax.config.update("jax_compilation_cache_dir", str((folder / "compiled").absolute()))
   jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.5)
   start, _ = trained(start_config(), f"{folder}/start")
@@ -177,17 +189,15 @@ def main(_: Sequence[str]) -> None:
   at_start = measured(start_params)
   print(f"start: {at_start}", flush=True)
   found: dict[str, list[Measured]] = {}
-  for name in _METHODS.value or METHODS:
+  for name in names:
     for seed in range(_RUNS.value):
       config = config_of(METHODS[name], f"{folder}/start", seed, _ROUNDS.value)
-      slug = name.lower().replace(", ", "_").replace(" ", "_")
+      slug = name.lower().replace(" ", "_")
       _, params = trained(config, f"{folder}/{slug}/{seed}")
       found.setdefault(name, []).append(measured(params))
       print(f"{name}, seed {seed}: {found[name][-1]}", flush=True)
   samples = _ROUNDS.value * 128 * 8
   rich.console.Console().print(table(at_start, found, samples))
-  record = {"start": at_start._asdict(), **{k: [m._asdict() for m in v] for k, v in found.items()}}
-  (folder / "study.json").write_text(json.dumps(record, indent=1))
 
 
 if __name__ == "__main__":

@@ -24,6 +24,8 @@ Variants:
 import ml_collections
 from ml_collections import config_dict
 
+from ancestral.launch import methods
+
 _POLICY = {
   "name": "policy",
   "advantage": "group_normalised",  # a function of training/advantages.py
@@ -37,28 +39,30 @@ _POLICY = {
   "correction": "none",  # of stale rollouts: a function of training/importance.py
 }
 
+
+def _variant(**changed) -> dict:
+  """A policy gradient, its surrogate's constants among its options."""
+  method = _POLICY | changed
+  constants = methods.constants(methods.SURROGATES[method["surrogate"]])
+  return method | {"options": constants | method["options"]}
+
+
+# REINFORCE is right on policy only: one update of a round.
+_ON_POLICY = {"surrogate": "reinforce", "aggregation": "sequence_sum"}
+
 METHODS = {
-  "grpo": _POLICY,
-  "dr_grpo": _POLICY | {"advantage": "group_centred", "aggregation": "constant_length"},
-  "dapo": _POLICY | {"options": {"high": 0.28}, "aggregation": "token_mean"},
-  "rloo": _POLICY
-  | {"advantage": "leave_one_out", "surrogate": "reinforce", "aggregation": "sequence_sum"},
-  "reinforce_pp": _POLICY | {"advantage": "batch_whitened", "aggregation": "token_mean"},
-  "opo": _POLICY
-  | {"advantage": "optimal_baseline", "surrogate": "reinforce", "aggregation": "sequence_sum"},
-  "pass_at_k": _POLICY
-  | {
-    "advantage": "pass_at_k",
-    "advantage_options": {"k": 4},
-    "surrogate": "reinforce",
-    "aggregation": "sequence_sum",
-  },
-  "gspo": _POLICY | {"surrogate": "gspo"},
-  "cispo": _POLICY | {"surrogate": "cispo", "aggregation": "token_mean"},
-  "sapo": _POLICY | {"surrogate": "sapo"},
-  "gmpo": _POLICY | {"surrogate": "gmpo"},
-  "oreal": _POLICY
-  | {"advantage": "leave_one_out", "surrogate": "oreal", "divergence_weight": 0.01},
+  "grpo": _variant(),
+  "dr_grpo": _variant(advantage="group_centred", aggregation="constant_length"),
+  "dapo": _variant(options={"high": 0.28}, aggregation="token_mean"),
+  "rloo": _variant(advantage="leave_one_out", **_ON_POLICY),
+  "reinforce_pp": _variant(advantage="batch_whitened", aggregation="token_mean"),
+  "opo": _variant(advantage="optimal_baseline", **_ON_POLICY),
+  "pass_at_k": _variant(advantage="pass_at_k", advantage_options={"k": 4}, **_ON_POLICY),
+  "gspo": _variant(surrogate="gspo"),
+  "cispo": _variant(surrogate="cispo", aggregation="token_mean"),
+  "sapo": _variant(surrogate="sapo"),
+  "gmpo": _variant(surrogate="gmpo"),
+  "oreal": _variant(advantage="leave_one_out", surrogate="oreal", divergence_weight=0.01),
   "raft": {"name": "imitation", "samples": 1},
   "expert_iteration": {"name": "imitation", "samples": 4},
 }
@@ -82,7 +86,7 @@ def learning(method: dict) -> ml_collections.ConfigDict:
         "top_k": config_dict.placeholder(int),  # filters, off
         "top_p": config_dict.placeholder(float),
         "min_p": config_dict.placeholder(float),
-        "max_new_tokens": 5,
+        "max_new_tokens": config_dict.placeholder(int),  # as the start is evaluated
         "batch_size": 512,  # samples drawn at once
         "policy": "current",  # or start: offline
         "reward": "verifier",  # or random, inverted: controls
@@ -115,7 +119,7 @@ def learning(method: dict) -> ml_collections.ConfigDict:
         "num_problems": 100,
         "num_samples": 16,
         "temperature": 1.0,
-        "max_new_tokens": 5,
+        "max_new_tokens": config_dict.placeholder(int),  # of the rollouts
         "batch_size": 256,
       },
     }
@@ -126,4 +130,7 @@ def get_config(variant: str = "grpo") -> ml_collections.ConfigDict:
   """The experiment; see the file's docstring."""
   if variant not in METHODS:
     raise ValueError(f"configs/policy.py has no variant {variant!r}: it has {', '.join(METHODS)}.")
-  return learning(METHODS[variant]).lock()
+  config = learning(METHODS[variant])
+  if METHODS[variant].get("surrogate") == "reinforce":
+    config.train.num_minibatches = 1
+  return config.lock()

@@ -20,6 +20,7 @@ from ..training import state as state_lib
 from . import fields, pixels, supervised
 
 FREE_TO_EVALUATE = ("seed", "data", "optimizer", "train", "evaluation")
+FREE_TO_RESUME = ()
 
 
 class Experiment(NamedTuple):

@@ -14,13 +14,19 @@ from typing import Any
 
 import rich.console
 
-from . import answers, distances, flags
+from . import answers, distances, flags, preferences
 from . import experiment as experiment_lib
 
 READS = (flags.CONFIG, flags.WORKDIR, flags.LAST, flags.STEP, flags.BEST, flags.AVERAGE_STD)
 # Each has FLAGS, those that it reads, and evaluate(experiment, params, workdir, console), which
 # prints, and returns JSON.
-KINDS = {"language": answers, "images": distances, "image_learning": distances, "learning": answers}
+KINDS = {
+  "language": answers,
+  "images": distances,
+  "image_learning": distances,
+  "learning": answers,
+  "preferences": preferences,
+}
 
 
 def write(workdir: str, result: dict[str, Any]) -> pathlib.Path:

@@ -11,7 +11,7 @@ import optax
 
 from ..training import averaging, checkpoint, data, step
 from ..training import state as state_lib
-from . import classifiers, fields, image_learning, images, language, learning, workdirs
+from . import classifiers, fields, image_learning, images, language, learning, preferences, workdirs
 
 
 class Experiment(Protocol):
@@ -28,7 +28,7 @@ class Experiment(Protocol):
     averaging: of the parameters.
     init_params: (key) -> params, untrained: their shapes, wherever training begins.
     score: (params, as the kind's `finished` leaves them) -> what is measured now and then while
-      training, by name; by `quality` the best checkpoint is found.
+      training, by name; by `workdirs.quality` the best checkpoint is found.
   """
 
   config: fields.Config
@@ -47,6 +47,7 @@ class Kind(Protocol):
   """A kind of experiment: what its module has."""
 
   FREE_TO_EVALUATE: Sequence[str]  # fields that evaluation may change, or their parents
+  FREE_TO_RESUME: Sequence[str]  # of its own, those that a resumed run may change
 
   def build(self, config: fields.Config) -> Experiment:
     """All that the configuration names; ValueError, FileNotFoundError where it is wrong."""
@@ -77,6 +78,7 @@ KINDS: Mapping[str, Kind] = {
   "classifier": classifiers,
   "learning": learning,
   "image_learning": image_learning,
+  "preferences": preferences,
 }
 
 
@@ -126,14 +128,6 @@ def start_params(config: fields.Config) -> state_lib.Params:
   return _restored(None, config.start.workdir, step=config.start.step, best=config.start.best)[1]
 
 
-def quality(scalars: Mapping[str, float]) -> float:
-  """Which checkpoint is best: that of most right answers, or of least held-out loss."""
-  for name in ("pass@1", "accuracy"):
-    if name in scalars:
-      return scalars[name]
-  return -scalars["held_out_loss"]
-
-
 def restore_params(
   config: fields.Config | None,
   workdir: str,
@@ -173,14 +167,13 @@ def _restored(config, workdir, *, last=False, step=None, best=False, average_std
     raise ValueError(f"--last and --average_std={average_std}: give one of them.")
   if best:
     with checkpoint.open_manager(workdirs.checkpoints(workdir), create=False) as manager:
-      step = checkpoint.best_step(manager, quality)
+      step = checkpoint.best_step(manager, workdirs.quality)
   saved = workdirs.saved_config(workdir, step)
-  config = config or saved
   kind = kind_of(saved)
+  experiment = kind.build(saved if config is None else config)
   checkpoint.check_config(
-    fields.to_json(saved), fields.to_json(config), ignore=kind.FREE_TO_EVALUATE
+    fields.to_json(saved), fields.to_json(experiment.config), ignore=kind.FREE_TO_EVALUATE
   )
-  experiment = kind.build(config)
   abstract = jax.eval_shape(experiment.init_params, jax.random.key(0))
   with checkpoint.open_manager(workdirs.checkpoints(workdir), create=False) as manager:
     if average_std is not None:

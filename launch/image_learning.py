@@ -26,6 +26,7 @@ FREE_TO_EVALUATE = (
   *images.FREE_TO_EVALUATE,
   *("start", "verifier", "judge", "rollouts", "method"),
 )
+FREE_TO_RESUME = ()
 
 finished = images.finished
 
@@ -152,10 +153,8 @@ def complete(config: fields.Config) -> fields.Config:
   """
   if "diffusion" in config:
     return config
-  fields.require(bool(config.start.workdir), "start.workdir is empty; give a trained run's")
-  saved = workdirs.saved_config(config.start.workdir, config.start.step)
+  config, saved = workdirs.started(config)
   fields.require("diffusion" in saved, f"start.workdir={config.start.workdir!r} has no diffusion")
-  config = config.copy_and_resolve_references()
   with config.unlocked():
     for section in ("model", "data", "diffusion"):
       config[section] = saved[section]

@@ -88,6 +88,7 @@ FREE_TO_EVALUATE = (
   "evaluation",
   *(f"diffusion.{name}" for name in ("weighting", "times", "quantiles", "drop_condition")),
 )
+FREE_TO_RESUME = ()
 
 
 def build(config: fields.Config) -> Experiment:

@@ -72,6 +72,7 @@ ROWS = {"pad": data.pad, "first_fit": data.first_fit, "concatenate": data.concat
 
 # What evaluation may change: all but the network, the tokenizer and the task itself.
 FREE_TO_EVALUATE = ("seed", "data", "optimizer", "loss", "train", "evaluation", "task.levels")
+FREE_TO_RESUME = ()
 
 
 def task_of(config: fields.Config) -> tasks.Task | None:

@@ -16,7 +16,7 @@ import numpy as np
 
 from ..models import base as models
 from ..models import transformer
-from ..sampling import truncation
+from ..sampling import logits, truncation
 from ..tasks import base as tasks
 from ..tasks import workers
 from ..training import data, learning, rollouts
@@ -24,6 +24,8 @@ from . import fields, language, methods, supervised, workdirs
 
 # What evaluation may change: as of a language model, and all that training alone reads.
 FREE_TO_EVALUATE = (*language.FREE_TO_EVALUATE, "start", "rollouts", "method")
+# What a resumed run may change: what verifying may take of the machine, and where the reference is.
+FREE_TO_RESUME = ("rollouts.num_workers", "rollouts.timeout", "rollouts.reference")
 
 REWARDS = {
   "verifier": learning.verified,
@@ -49,16 +51,18 @@ def complete(config: fields.Config) -> fields.Config:
   """
   if "model" in config:
     return config
-  fields.require(bool(config.start.workdir), "start.workdir is empty; give a trained run's")
-  saved = workdirs.saved_config(config.start.workdir, config.start.step)
+  config, saved = workdirs.started(config)
   fields.require("task" in saved, f"start.workdir={config.start.workdir!r} has no verifier")
-  config = config.copy_and_resolve_references()
   with config.unlocked():
     for section in ("model", "data", "loss", "task"):
       config[section] = saved[section]
     if config.levels is not None:
       config.task.levels = config.levels
-    config.evaluation.max_new_tokens = config.rollouts.max_new_tokens
+    r, evaluation = config.rollouts, config.evaluation
+    if r.max_new_tokens is None:
+      r.max_new_tokens = saved.evaluation.max_new_tokens
+    if evaluation.max_new_tokens is None:
+      evaluation.max_new_tokens = r.max_new_tokens
   return config.lock()
 
 
@@ -94,13 +98,27 @@ def _check(config: fields.Config) -> None:
   fields.choose("rollouts.reward", r.reward, REWARDS)
   fields.choose("rollouts.policy", r.policy, {"current": None, "start": None})
   fields.choose("rollouts.reference", r.reference, {"device": None, "host": None})
+  filters_of(r)
+
+
+def filters_of(r: fields.Config) -> list[logits.LogitsTransform]:
+  """Those of `config.rollouts` that are on.
+
+  Raises:
+    ValueError: a setting is none.
+  """
+  return [FILTERS[name](r[name]) for name in FILTERS if r.get(name) is not None]
 
 
 def problems_of(experiment: language.Experiment) -> Callable[[Any], list[tasks.Problem]]:
-  """Of a batch's `index`, the problems of the task's training side."""
+  """Of a batch's `index`, the problems of the task's training side.
+
+  They are a stream of their own: not those whose answers the start learned from.
+  """
   c = experiment.config
   side = tasks.restrict(experiment.task, "train", test_percent=c.task.test_percent)
-  return lambda batch: [tasks.problem_at(side, c.seed, int(i)) for i in batch["index"]]
+  own = np.random.SeedSequence(c.seed, spawn_key=(1,)).generate_state(1)[0]
+  return lambda batch: [tasks.problem_at(side, int(own), int(i)) for i in batch["index"]]
 
 
 def sampling(
@@ -108,13 +126,12 @@ def sampling(
 ) -> Callable[..., rollouts.Rollouts]:
   """(key, params as trained, problems) -> Rollouts, as `config.rollouts` has them."""
   r, model = experiment.config.rollouts, experiment.model
-  filters = [FILTERS[name](r[name]) for name in FILTERS if r.get(name) is not None]
   sample = rollouts.sampler(
     model,
     group_size=r.group_size,
     max_new_tokens=r.max_new_tokens,
     stop=(experiment.tokenizer.eos,),
-    filters=filters,
+    filters=filters_of(r),
   )
   unstacked = jax.jit(transformer.unstack)
 
@@ -145,16 +162,13 @@ def completion(
     model: the model.
     method: says what is read.
     reference: parameters; on the host they are moved for each minibatch and take no device memory.
-    temperature: of the rollouts. Pairs are scored at 1.
+    temperature: of the rollouts. Pairs and singles are scored at 1.
   """
-  as_drawn, as_is = learning.scorer(model, temperature=temperature), learning.scorer(model)
+  as_drawn, compared = learning.scorer(model, temperature=temperature), referred(model, reference)
 
   def complete(params, minibatch):
-    if "chosen" in minibatch:
-      if not method.reference:
-        return minibatch
-      score = lambda side: {**side, "reference_log_prob": as_is(reference, _unfiltered(side))}
-      return minibatch | {name: score(minibatch[name]) for name in ("chosen", "rejected")}
+    if "mask" not in minibatch:  # rows are in it, by name
+      return compared(minibatch) if method.reference else minibatch
     if method.reference:
       minibatch = minibatch | {"reference_log_prob": as_drawn(reference, minibatch)}
     if method.correction is not None:
@@ -166,8 +180,18 @@ def completion(
   return complete
 
 
-def _unfiltered(rows):
-  return {name: x for name, x in rows.items() if name != "kept"}
+def referred(model: models.LanguageModel, reference: models.Params) -> Callable[[Any], Any]:
+  """Adds `reference_log_prob`, at temperature 1, to each of the rows in a batch of several."""
+  score = learning.scorer(model)
+
+  def with_reference(rows):
+    unfiltered = {name: x for name, x in rows.items() if name != "kept"}
+    return {**rows, "reference_log_prob": score(reference, unfiltered)}
+
+  def complete(batch):
+    return {name: with_reference(x) if isinstance(x, dict) else x for name, x in batch.items()}
+
+  return complete
 
 
 @contextlib.contextmanager

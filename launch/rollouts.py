@@ -5,6 +5,7 @@
 Writes WORKDIR/rollouts.html, one file that needs nothing else.
 """
 
+import collections
 import html
 import json
 import pathlib
@@ -16,7 +17,9 @@ from absl import flags as absl_flags
 from . import flags
 
 READS = (flags.WORKDIR,)
-_LAST = absl_flags.DEFINE_integer("last_steps", 20, "How many of the last rounds to show.")
+_LAST = absl_flags.DEFINE_integer(
+  "last_steps", 20, "How many of the last rounds to show.", lower_bound=1
+)
 
 _PAGE = """<!doctype html>
 <meta charset="utf-8">
@@ -99,15 +102,18 @@ def last_steps(path: pathlib.Path, count: int) -> list[dict[str, Any]]:
   """
   if not path.exists():
     raise FileNotFoundError(f"{path} is not there: has the run learned from samples?")
-  found = []
+  rounds: collections.deque[list[dict[str, Any]]] = collections.deque(maxlen=count)
   with path.open(encoding="utf-8") as lines:
     for line in lines:
-      if line.endswith("\n"):
-        found.append(json.loads(line))
-  steps = sorted({group["step"] for group in found})[-count:]
-  if not steps:
+      if not line.endswith("\n"):
+        break
+      group = json.loads(line)
+      if not rounds or rounds[-1][0]["step"] != group["step"]:
+        rounds.append([])
+      rounds[-1].append(group)
+  if not rounds:
     raise ValueError(f"{path} has no rounds to show.")
-  return [group for group in found if group["step"] in steps]
+  return [group for groups in rounds for group in groups]
 
 
 def write(workdir: pathlib.Path, count: int) -> pathlib.Path:

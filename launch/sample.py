@@ -17,7 +17,13 @@ from . import experiment as experiment_lib
 
 READS = (flags.CONFIG, flags.WORKDIR, flags.LAST, flags.STEP, flags.BEST, flags.AVERAGE_STD)
 # Each has FLAGS, those that it reads, and run(wanted), what is wanted as `flags.checkpoint` has it.
-KINDS = {"language": texts, "images": pictures, "image_learning": pictures, "learning": texts}
+KINDS = {
+  "language": texts,
+  "images": pictures,
+  "image_learning": pictures,
+  "learning": texts,
+  "preferences": texts,
+}
 
 _docs = dict.fromkeys(kind.__doc__ for kind in KINDS.values())
 __doc__ = "\n".join([__doc__, *_docs])  # for --help

@@ -57,7 +57,7 @@ def open_run(config: fields.Config, workdir: str) -> Run:
     ValueError: the configuration is wrong in itself, or not that of the run in the workdir; nothing
       has been changed there.
   """
-  experiment = experiment_lib.build(config)
+  experiment = experiment_lib.build(workdirs.resumed(config, workdir))
   init_key, key = jax.random.split(jax.random.key(config.seed))
   init = functools.partial(experiment_lib.init_state, experiment)
   batches = data.batches(
@@ -70,15 +70,16 @@ def open_run(config: fields.Config, workdir: str) -> Run:
   directory = workdirs.checkpoints(workdir)
   with contextlib.ExitStack() as undo:
     undo.callback(batches.close)
-    manager = checkpoint.open_manager(
-      directory, keep=config.train.keep, best=experiment_lib.quality
-    )
+    manager = checkpoint.open_manager(directory, keep=config.train.keep, best=workdirs.quality)
     undo.callback(manager.close)
     if manager.latest_step() is None:
       state = experiment_lib.first_state(experiment, init_key)
     else:
       saved = checkpoint.load_config(directory)
-      checkpoint.check_config(saved, fields.to_json(experiment.config), ignore=FREE)
+      kind = experiment_lib.kind_of(experiment.config)
+      checkpoint.check_config(
+        saved, fields.to_json(experiment.config), ignore=(*FREE, *kind.FREE_TO_RESUME)
+      )
       restored = checkpoint.restore(manager, jax.eval_shape(init, init_key))
       if restored.step > config.train.num_steps:
         raise ValueError(

@@ -4,35 +4,47 @@
       verdicts = verify([(problem, response), ...])     # in order
 
 A worker is a fresh Python process that imports what the verifier needs and nothing else: no jax,
-not the program's main module. It answers over a pipe of its own; what a verifier prints goes
-nowhere. One that is late is killed with all it started, and another takes its place.
+not the program's main module. What a verifier prints goes nowhere; its verdict comes back as a line
+of JSON over a socket. A worker that is late, silent or garbled is killed with its process group,
+and another takes its place while the rest go on. (It is no sandbox: what a verifier runs has the
+rights of the program.)
 """
 
 import contextlib
-import multiprocessing
+import ctypes
+import dataclasses
+import json
 import os
 import pickle
 import resource
+import select
 import signal
+import socket
+import struct
 import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
-from multiprocessing import connection
-from typing import NamedTuple
 
 from . import base
 
 Verify = Callable[[base.Problem, str], base.Verification]
 VerifyAll = Callable[[Sequence[tuple[base.Problem, str]]], list[base.Verification]]
 
+FAULT = "verifier: "  # how the reason begins where the verifier, not the response, is at fault
 _START_SECONDS = 60.0  # for a worker to import what it needs
 _REASON_LENGTH = 1_000  # characters of a reason that are kept
+_MOST_BYTES = 65_536  # of an answer
 
 
-class _Worker(NamedTuple):
+@dataclasses.dataclass
+class _Worker:
   process: subprocess.Popen
-  pipe: connection.Connection
+  channel: socket.socket
+  late: float  # when it is, with what it is doing
+  started: bool = False
+  index: int | None = None  # of the response it verifies
+  received: bytes = b""
 
 
 @contextlib.contextmanager
@@ -42,7 +54,7 @@ def workers(
   """Within it, a function that verifies many responses, `num_workers` at a time.
 
   A response whose verifier takes longer than `timeout`, raises, dies, or returns no Verification is
-  not correct, for a reason that begins with "verifier: "; the others are not concerned.
+  not correct, for a reason that begins with `FAULT`; the others are not concerned.
 
   Args:
     verify: what can be pickled, such as a function of a module.
@@ -52,7 +64,7 @@ def workers(
 
   Raises:
     ValueError: no worker or no time; a verifier that cannot be pickled.
-    RuntimeError: a worker cannot start.
+    RuntimeError: a worker cannot start, as is known when `verify` is called.
   """
   if num_workers < 1 or not timeout > 0:
     raise ValueError(f"{num_workers=} is at least 1 and {timeout=} above 0.")
@@ -63,9 +75,8 @@ def workers(
   start = lambda: _start(pickled, max_memory)
   pool: list[_Worker] = []
   try:
-    pool += [start() for _ in range(num_workers)]
-    for worker in pool:
-      _await(worker)
+    for _ in range(num_workers):
+      pool.append(start())
     yield lambda pairs: _verify_all(pool, start, pairs, timeout)
   finally:
     for worker in pool:
@@ -73,86 +84,111 @@ def workers(
 
 
 def _start(pickled: bytes, max_memory: int) -> _Worker:
-  ours, theirs = multiprocessing.Pipe()
-  process = subprocess.Popen(
-    [sys.executable, "-m", __name__, str(theirs.fileno()), str(max_memory)],
-    pass_fds=[theirs.fileno()],
-    stdin=subprocess.DEVNULL,
-    stdout=subprocess.DEVNULL,
-    stderr=subprocess.DEVNULL,
-    start_new_session=True,  # so that what it starts can be killed with it
-  )
-  theirs.close()
-  ours.send_bytes(pickled)
-  return _Worker(process, ours)
-
-
-def _await(worker: _Worker) -> None:
-  fault = "it did not start"
-  with contextlib.suppress(EOFError, OSError):
-    if worker.pipe.poll(_START_SECONDS):
-      fault = worker.pipe.recv()
-  if fault:
-    raise RuntimeError(f"A verifier's process: {fault}.")
+  ours, theirs = socket.socketpair()
+  with theirs:
+    process = subprocess.Popen(
+      [sys.executable, "-m", __name__, str(theirs.fileno()), str(max_memory)],
+      pass_fds=[theirs.fileno()],
+      stdin=subprocess.DEVNULL,
+      stdout=subprocess.DEVNULL,
+      stderr=subprocess.DEVNULL,
+      start_new_session=True,  # so that what it starts can be killed with it
+    )
+  worker = _Worker(process, ours, time.monotonic() + _START_SECONDS)
+  _send(worker, pickled)
+  return worker
 
 
 def _stop(worker: _Worker) -> None:
-  worker.pipe.close()
-  with contextlib.suppress(ProcessLookupError):
-    os.killpg(worker.process.pid, signal.SIGKILL)
+  worker.channel.close()
+  if worker.process.returncode is None:
+    with contextlib.suppress(ProcessLookupError, PermissionError):
+      os.killpg(worker.process.pid, signal.SIGKILL)
   worker.process.wait()
 
 
+def _send(worker: _Worker, message: bytes) -> None:
+  worker.channel.settimeout(_START_SECONDS)
+  with contextlib.suppress(OSError):  # it died: what it does not answer is its fault
+    worker.channel.sendall(struct.pack("!Q", len(message)) + message)
+  worker.channel.setblocking(False)
+
+
 def _verify_all(pool, start, pairs, timeout) -> list[base.Verification]:
-  verdicts: list[base.Verification | None] = [None] * len(pairs)
+  """Gives responses to whoever is free, until each has a verdict."""
+  verdicts: dict[int, base.Verification] = {}
   waiting = list(range(len(pairs)))[::-1]
-  busy: dict[int, tuple[int, float]] = {}  # worker: which response, and when it is late
-
-  def give(slot):
-    if waiting:
-      index = waiting.pop()
-      busy[slot] = index, time.monotonic() + timeout
-      try:
-        pool[slot].pipe.send(pairs[index])
-      except OSError:  # it died between two responses: the one before left it dying
-        replace(slot)
-        pool[slot].pipe.send(pairs[index])
-
-  def replace(slot):
-    _stop(pool[slot])
-    pool[slot] = start()
-    _await(pool[slot])
-
-  for slot in range(len(pool)):
-    give(slot)
-  while busy:
-    left = min(late for _, late in busy.values()) - time.monotonic()
-    ready = connection.wait([pool[slot].pipe for slot in busy], max(left, 0))
-    for slot, (index, late) in list(busy.items()):
-      if pool[slot].pipe in ready:
-        verdicts[index] = _answer(pool[slot])
-      elif time.monotonic() >= late:
-        verdicts[index] = _fault(f"took longer than {timeout:g} s")
-      else:
-        continue
-      del busy[slot]
-      if pool[slot].process.poll() is not None or pool[slot].pipe not in ready:
-        replace(slot)
-      give(slot)
-  return verdicts
-
-
-def _answer(worker: _Worker) -> base.Verification:
   try:
-    return worker.pipe.recv()
-  except (EOFError, OSError):
-    status = worker.process.wait()
-    how = signal.Signals(-status).name if status < 0 else f"status {status}"
-    return _fault(f"died ({how})")
+    while len(verdicts) < len(pairs):
+      for worker in pool:
+        if waiting and worker.started and worker.index is None:
+          worker.index, worker.late = waiting.pop(), time.monotonic() + timeout
+          _send(worker, pickle.dumps((worker.index, *pairs[worker.index])))
+      awaited = [worker for worker in pool if not worker.started or worker.index is not None]
+      left = min(worker.late for worker in awaited) - time.monotonic()
+      select.select([worker.channel for worker in awaited], [], [], max(left, 0))
+      for worker in awaited:
+        fault = _heard(worker, verdicts, timeout)
+        if fault:
+          if not worker.started:
+            raise RuntimeError(f"A verifier's process {fault} before it had started.")
+          verdicts[worker.index] = base.Verification(False, FAULT + fault)
+          _stop(worker)
+          pool[pool.index(worker)] = start()
+  except BaseException:  # whoever is busy would answer the next call
+    for slot, worker in enumerate(pool):
+      if worker.started and worker.index is not None:
+        _stop(worker)
+        pool[slot] = start()
+    raise
+  return [verdicts[index] for index in range(len(pairs))]
 
 
-def _fault(text: str) -> base.Verification:
-  return base.Verification(False, f"verifier: {text}")
+def _heard(worker: _Worker, verdicts: dict[int, base.Verification], timeout: float) -> str:
+  """Reads what a worker has said, without waiting; what is wrong with it, "" if nothing is."""
+  ended = False
+  with contextlib.suppress(BlockingIOError):
+    try:
+      part = worker.channel.recv(_MOST_BYTES)
+      worker.received, ended = worker.received + part, not part
+    except ConnectionError:
+      ended = True
+  line, newline, worker.received = worker.received.partition(b"\n")
+  if newline:
+    return _taken(worker, line, verdicts)
+  worker.received = line
+  if ended:
+    return _death(worker)
+  if len(line) > _MOST_BYTES:
+    return "answered what is no verdict"
+  return f"took longer than {timeout:g} s" if time.monotonic() >= worker.late else ""
+
+
+def _taken(worker, line, verdicts) -> str:
+  """Notes the verdict, or that the worker has started."""
+  try:
+    index, correct, reason = json.loads(line)
+    if index != worker.index or not isinstance(reason, str):
+      return "answered what is no verdict"
+  except (ValueError, TypeError):
+    return "answered what is no verdict"
+  if not worker.started:
+    if reason:
+      return f"failed ({reason})"
+    worker.started, worker.late = True, float("inf")
+    return ""
+  verdicts[index] = base.Verification(bool(correct), reason)
+  worker.index = None
+  return ""
+
+
+def _death(worker: _Worker) -> str:
+  with contextlib.suppress(subprocess.TimeoutExpired):
+    status = worker.process.wait(timeout=0.5)
+    names = {number.value: number.name for number in signal.Signals}
+    how = f"status {status}" if status >= 0 else names.get(-status, f"signal {-status}")
+    return f"died ({how})"
+  return "closed its socket"
 
 
 def _verdict(verify: Verify, problem: base.Problem, response: str) -> base.Verification:
@@ -161,22 +197,49 @@ def _verdict(verify: Verify, problem: base.Problem, response: str) -> base.Verif
     found = verify(problem, response)
     return base.Verification(bool(found.correct), str(found.reason)[:_REASON_LENGTH])
   except Exception as error:
-    return _fault(f"{type(error).__name__}: {error}"[:_REASON_LENGTH])
+    return base.Verification(False, f"{FAULT}{type(error).__name__}: {error}"[:_REASON_LENGTH])
 
 
-def _serve(pipe: connection.Connection, max_memory: int) -> None:
+def _received(channel: socket.socket) -> bytes:
+  """The next message; EOFError where there is none."""
+
+  def exactly(count):
+    found = b""
+    while len(found) < count:
+      part = channel.recv(count - len(found))
+      if not part:
+        raise EOFError
+      found += part
+    return found
+
+  return exactly(*struct.unpack("!Q", exactly(8)))
+
+
+def _limit(max_memory: int) -> None:
+  """Memory; and on Linux, death with the program, even one that is killed."""
+  _, hard = resource.getrlimit(resource.RLIMIT_AS)
+  most = max_memory if hard == resource.RLIM_INFINITY else min(max_memory, hard)
+  resource.setrlimit(resource.RLIMIT_AS, (most, hard))
+  if sys.platform == "linux":
+    set_parent_death_signal = 1
+    ctypes.CDLL(None).prctl(set_parent_death_signal, signal.SIGKILL)
+
+
+def _serve(channel: socket.socket, max_memory: int) -> None:
   """A worker's whole life."""
+  say = lambda *message: channel.sendall(json.dumps(message).encode() + b"\n")
   try:
-    verify = pickle.loads(pipe.recv_bytes())
-    resource.setrlimit(resource.RLIMIT_AS, (max_memory, max_memory))
+    _limit(max_memory)
+    verify = pickle.loads(_received(channel))
   except Exception as error:
-    pipe.send(f"{type(error).__name__}: {error}")
+    say(None, False, f"{type(error).__name__}: {error}"[:_REASON_LENGTH])
     return
-  pipe.send("")
+  say(None, True, "")
   with contextlib.suppress(EOFError):
     while True:
-      pipe.send(_verdict(verify, *pipe.recv()))
+      index, problem, response = pickle.loads(_received(channel))
+      say(index, *_verdict(verify, problem, response))
 
 
 if __name__ == "__main__":
-  _serve(connection.Connection(int(sys.argv[1])), int(sys.argv[2]))
+  _serve(socket.socket(fileno=int(sys.argv[1])), int(sys.argv[2]))

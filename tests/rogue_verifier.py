@@ -1,5 +1,6 @@
 """A verifier that does what the response says: what `tasks.workers` has to survive."""
 
+import contextlib
 import os
 import signal
 import subprocess
@@ -9,6 +10,8 @@ import time
 import numpy as np
 
 from ancestral.tasks import base
+
+time.sleep(float(os.environ.get("ROGUE_IMPORT_SECONDS", 0)))
 
 
 def verify(problem, response):
@@ -33,6 +36,18 @@ def verify(problem, response):
       np.ones(2**40, np.uint8)
     case "nothing":
       return None
+    case "close":
+      os.closerange(3, 256)
+      time.sleep(60)
+    case "scribble":
+      for descriptor in range(3, 64):
+        with contextlib.suppress(OSError):
+          os.write(descriptor, b"\0\0\1\0")
+      time.sleep(60)
+    case "garble":
+      for descriptor in range(3, 64):
+        with contextlib.suppress(OSError):
+          os.write(descriptor, b'[1, true, ""]\n')
     case "wait":
       time.sleep(0.3)
   return base.Verification(response != "wrong", "" if response != "wrong" else "wrong")

@@ -70,14 +70,18 @@ def round_step(
 ) -> Callable[..., tuple[state_lib.TrainState, dict[str, Any]]]:
   """A function of (key, state, problems): the state after a round, and its metrics.
 
-  What `select` finds is filled up to `capacity` rows, spread over the minibatches at random and
-  used `num_epochs` times, so shapes never change and the number of updates is the same in every
-  round. A round that finds nothing makes none. `state.step` counts rounds.
+  What `select` finds is spread over the minibatches at random, each filled up to its share of
+  `capacity`, and used `num_epochs` times: shapes never change. A minibatch without any row makes no
+  update, nor does a round that finds nothing. `state.step` counts rounds; the optimizer counts
+  updates.
 
-  Metrics: `reward` and `correct`, means over samples; `length`, tokens; `selected`, rows; the
-  loss's own, means over updates, but `ratio` of the first update; and `seconds/sampling`,
-  `/verifying`, `/updating`.
+  Metrics: `reward` and `correct`, means over samples; `faults`, the share of samples whose verifier
+  failed (`workers.FAULT`); `length`, tokens; `selected`, rows; the loss's own, means over rows of
+  all updates, but `ratio` of the first; and `seconds/sampling`, `/verifying`, `/updating`.
   """
+  size, left = divmod(capacity, num_minibatches)
+  if left:
+    raise ValueError(f"{capacity=} rows do not divide into {num_minibatches=}.")
 
   def run(key, state, problems):
     count = int(state.step)
@@ -90,7 +94,8 @@ def round_step(
     selected = len(jax.tree.leaves(batch)[0])
     start = time.perf_counter()
     if selected:
-      minibatches = _minibatches(rng, selection.filled(batch, capacity), selected, num_minibatches)
+      rows = np.array_split(rng.permutation(selected), min(num_minibatches, selected))
+      minibatches = [selection.filled(_taken(batch, part), size) for part in rows]
       minibatches = [parts.complete(state.params, minibatch) for minibatch in minibatches]
       state, seen = _updates(parts.update, update_key, state, minibatches * num_epochs)
     else:
@@ -98,6 +103,7 @@ def round_step(
     metrics = {
       "reward": rewards.mean(),
       "correct": made.rewards().mean(),
+      "faults": made.faults(),
       "length": made.lengths.mean(),
       "selected": selected,
       **seen,
@@ -109,12 +115,8 @@ def round_step(
   return run
 
 
-def _minibatches(rng, batch, selected, num_minibatches) -> list[step.Batch]:
-  """The rows selected, spread evenly and at random, and then the filling."""
-  capacity = len(jax.tree.leaves(batch)[0])
-  rows = np.concatenate([rng.permutation(selected), np.arange(selected, capacity)])
-  parts = [rows[first::num_minibatches] for first in range(num_minibatches)]
-  return [jax.tree.map(lambda x, part=part: x[part], batch) for part in parts]
+def _taken(batch, rows):
+  return jax.tree.map(lambda x: x[rows], batch)
 
 
 def _updates(update, key, state, minibatches):
@@ -123,7 +125,12 @@ def _updates(update, key, state, minibatches):
     state, metrics = update(jax.random.fold_in(key, number), state, minibatch)
     found.append(metrics)
   found = jax.device_get(found)
-  seen = {name: float(np.mean([metrics[name] for metrics in found])) for name in found[0]}
+  weights = [metrics["weight"] for metrics in found]
+  plain = ("weight", "gradient_norm")  # of an update, not of rows
+  mean = lambda name: np.average(
+    [metrics[name] for metrics in found], weights=None if name in plain else weights
+  )
+  seen = {name: float(mean(name)) for name in found[0]}
   if "ratio" in seen:
     seen["ratio"] = float(found[0]["ratio"])
   return state, seen

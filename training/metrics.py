@@ -11,7 +11,7 @@ import pathlib
 import sys
 import time
 import types
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import IO, Any, NamedTuple
 
 from absl import logging
@@ -54,16 +54,14 @@ def _to_json(value: Any) -> float | str:
   return "NaN" if math.isnan(value) else "Infinity" if value > 0 else "-Infinity"
 
 
-def _complete(lines: Iterable[bytes]) -> list[tuple[bytes, dict]]:
+def _complete(lines: Iterable[bytes]) -> Iterator[tuple[bytes, dict]]:
   """Lines that are JSON objects with a step; a run killed while writing may leave another."""
-  found = []
   for line in lines:
     try:
       record = json.loads(line)
-      found.append((line, {"step": record.pop("step"), **record}))
+      yield line, {"step": record.pop("step"), **record}
     except (ValueError, LookupError, TypeError, AttributeError):
       continue
-  return found
 
 
 def read_jsonl(path: str | os.PathLike) -> list[dict[str, float]]:
@@ -81,12 +79,12 @@ def resumed(path: str | os.PathLike, step: int) -> IO[str]:
   """
   path = pathlib.Path(path)
   path.parent.mkdir(parents=True, exist_ok=True)
-  old = path.read_bytes() if path.exists() else b""
-  kept = [line for line, record in _complete(old.split(b"\n")) if record["step"] <= step]
-  new = b"".join(line + b"\n" for line in kept)
-  if new != old:  # the rename leaves either the old file or the new one, whenever it is stopped
+  if path.exists():  # the rename leaves the old file or the new one, whenever it is stopped
     beside = path.with_name(path.name + ".tmp")
-    beside.write_bytes(new)
+    with path.open("rb") as old, beside.open("wb") as new:
+      for line, record in _complete(old):
+        if record["step"] <= step:
+          new.write(line.removesuffix(b"\n") + b"\n")
     beside.replace(path)
   return path.open("a", encoding="utf-8")
 

@@ -1,4 +1,4 @@
-"""What trains a language model on rollouts: the losses of tokens and of pairs, as `step.LossFn`s.
+"""What trains a language model on samples: losses of tokens, pairs, singles, as `step.LossFn`s.
 
     loss_fn = objectives.of_tokens(
       model,
@@ -7,9 +7,11 @@
       temperature=1.0,
     )
     loss_fn = objectives.of_pairs(model, objectives.log_ratios(preference.dpo))
+    loss_fn = objectives.of_singles(model, objectives.around_divergence(unpaired.kto))
 
 A loss of tokens is a sum of terms, each of a token, reduced over a row by an `Aggregation`. A loss
-of pairs is of two rows. Neither reduces over examples: `step.train_step` does.
+of pairs is of two rows, one of singles of a row that is marked good or bad. None reduces over
+examples: `step.train_step` does.
 """
 
 from collections.abc import Callable, Sequence
@@ -19,7 +21,7 @@ import jax
 import jax.numpy as jnp
 
 from ..models import base as models
-from . import aggregation, kl, policy, scoring, step
+from . import aggregation, kl, policy, scoring, step, unpaired
 
 # (scores, batch) -> loss of each token [B, L]
 Term = Callable[[scoring.Scores, step.Batch], jax.Array]
@@ -69,7 +71,8 @@ def of_tokens(
   """
 
   def loss(key, params, batch):
-    scores = scoring.scores(model, params, batch, temperature=temperature, chunk=chunk, key=key)
+    del key  # no dropout: the sampler had none, nor has the reference
+    scores = scoring.scores(model, params, batch, temperature=temperature, chunk=chunk)
     mask = batch["mask"]
     losses, weight = aggregate(sum(term(scores, batch) for term in terms), mask)
     seen = {"ratio": jnp.exp(scores.log_prob - batch["log_prob"]), "entropy": scores.entropy}
@@ -157,11 +160,12 @@ def of_pairs(model: models.LanguageModel, loss: Pairwise, *, chunk: int = 256) -
   """
 
   def loss_fn(key, params, batch):
+    del key  # no dropout: the reference has none
     pair = batch["chosen"], batch["rejected"]
     both = {
       name: jnp.concatenate([side[name] for side in pair]) for name in pair[0] if name != "kept"
     }
-    log_prob = scoring.scores(model, params, both, chunk=chunk, key=key).log_prob
+    log_prob = scoring.scores(model, params, both, chunk=chunk).log_prob
     made = Side(log_prob, both.get("reference_log_prob"), both["weight"] * both["mask"])
     sides = [Side(*parts) for parts in zip(*map(_halves, made), strict=True)]
     weight = batch["weight"].astype(jnp.float32)
@@ -179,3 +183,73 @@ def of_pairs(model: models.LanguageModel, loss: Pairwise, *, chunk: int = 256) -
 
 def _halves(x):
   return (None, None) if x is None else jnp.split(x, 2)
+
+
+class Singles(NamedTuple):
+  """Responses that are marked good or bad, by their summed log-ratios."""
+
+  log_ratio: jax.Array  # [B]
+  desirable: jax.Array  # [B] bool
+  weight: jax.Array  # [B], 0 where there is no response
+  mismatched: jax.Array | None  # [B], log-ratios of responses to other prompts; no gradient
+
+
+# Singles -> loss [B]
+Unpaired = Callable[[Singles], jax.Array]
+
+
+def around_divergence(loss: Callable[..., jax.Array]) -> Unpaired:
+  """A loss of `unpaired` around the divergence from the reference, such as KTO's."""
+  return lambda x: loss(x.log_ratio, x.desirable, unpaired.kto_kl(x.mismatched, x.weight))
+
+
+def around_zero(loss: Callable[..., jax.Array]) -> Unpaired:
+  """A loss of log-ratios as they are, such as `unpaired.apo_zero`."""
+  return lambda x: loss(x.log_ratio, x.desirable)
+
+
+def around_midpoint(loss: Callable[..., jax.Array]) -> Unpaired:
+  """A loss around halfway between the batch's good and bad log-ratios, such as BCO's.
+
+  The paper's shift is a running mean over batches; here it is the batch's own, so that a step reads
+  nothing but its batch.
+  """
+
+  def single(x):
+    midpoint = unpaired.bco_shift(x.log_ratio, x.desirable, x.weight, beta=1.0)
+    return loss(x.log_ratio - midpoint, x.desirable, 0.0)  # beta x - beta midpoint
+
+  return single
+
+
+def of_singles(model: models.LanguageModel, loss: Unpaired, *, chunk: int = 256) -> step.LossFn:
+  """The loss of single responses under the model's own law, at temperature 1.
+
+  The batch has `sample`, rows as `scoring.scores` reads them with `reference_log_prob` [B, L];
+  `desirable` [B]; `weight` [B], 0 where there is no response; and `mismatched`, rows like those of
+  `sample`, if the loss asks for it. What the loss reads of the whole batch is of a microbatch where
+  there are several.
+
+  Mismatched rows are scored forward only: they estimate a constant.
+
+  Metrics: `desirable`, the share of good ones; `log_ratio`; and `preferred`, how often its sign
+  says which they are.
+  """
+
+  def log_ratio(params, rows):
+    rows = {name: x for name, x in rows.items() if name != "kept"}
+    log_prob = scoring.scores(model, params, rows, chunk=chunk).log_prob
+    return Side(log_prob, rows["reference_log_prob"], rows["mask"]).log_ratio()
+
+  def loss_fn(key, params, batch):
+    del key  # no dropout: the reference has none
+    ratio, mismatched = log_ratio(params, batch["sample"]), None
+    if "mismatched" in batch:
+      mismatched = log_ratio(jax.lax.stop_gradient(params), batch["mismatched"])
+    desirable, weight = batch["desirable"] != 0, batch["weight"].astype(jnp.float32)
+    losses = loss(Singles(ratio, desirable, weight, mismatched))
+    seen = {"desirable": desirable, "log_ratio": ratio, "preferred": (ratio > 0) == desirable}
+    seen = {name: weight * value for name, value in seen.items()}
+    return (jnp.where(weight > 0, losses, 0) * weight, weight), jax.lax.stop_gradient(seen)
+
+  return loss_fn

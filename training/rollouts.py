@@ -47,6 +47,11 @@ class Rollouts(NamedTuple):
     """1 where the verifier says that a sample is right, else 0; [P, G] float32."""
     return np.array([[v.correct for v in a.verdicts] for a in self.attempts], np.float32)
 
+  def faults(self) -> float:
+    """The share of samples whose verifier failed; they count as wrong."""
+    reasons = [v.reason for a in self.attempts for v in a.verdicts]
+    return float(np.mean([reason.startswith(workers.FAULT) for reason in reasons]))
+
 
 def as_rows(samples: decode.Samples, kept: jax.Array | None = None) -> Rows:
   """Samples aligned for scoring: at each position the token read and the one drawn after it.
@@ -148,15 +153,21 @@ def roll_out(
     ValueError: a prompt does not fit.
   """
   start = time.perf_counter()
-  at_once = max(batch_size // group_size, 1)
-  prompts = _prompts(task.tokenizer, problems, max_length, max_new_tokens)
+  at_once = min(max(batch_size // group_size, 1), len(problems))
+  prompts = decode.pad_prompts(
+    [[task.tokenizer.bos, *task.tokenizer.encode(problem.prompt)] for problem in problems],
+    vocab_size=task.tokenizer.vocab_size,
+    max_length=max_length,
+    max_new_tokens=max_new_tokens,
+  )
   drawn = []
   for first in range(0, len(problems), at_once):
     index = np.minimum(np.arange(first, first + at_once), len(problems) - 1)
     requests = (index[:, None] * group_size + np.arange(group_size)[None, :]).ravel()
     keys = sampling.row_keys(key, jnp.asarray(requests))
     some = jax.tree.map(lambda leaf, index=index: leaf[index], prompts)
-    drawn.append(sample(params, temperature, *place((keys, some))))  # none is waited for yet
+    drawn.append(sample(params, temperature, *place((keys, some))))
+    drawn[:-1] = jax.device_get(drawn[:-1])  # all but the one under way: devices hold two batches
   drawn = jax.device_get(drawn)
   join = lambda *parts: np.concatenate(parts)[: len(problems) * group_size]
   samples, rows = jax.tree.map(join, *drawn)
@@ -169,18 +180,6 @@ def roll_out(
   seconds = {"sampling": sampled - start, "verifying": time.perf_counter() - sampled}
   lengths = (samples.length - samples.prompt_length).reshape(-1, group_size)
   return Rollouts(judged, lengths, rows, seconds)
-
-
-def _prompts(tokenizer, problems, max_length, max_new_tokens) -> decode.Prompts:
-  """All as wide as there is room: one program, whatever the problems."""
-  prompts = decode.pad_prompts(
-    [[tokenizer.bos, *tokenizer.encode(problem.prompt)] for problem in problems],
-    vocab_size=tokenizer.vocab_size,
-    max_length=max_length,
-    max_new_tokens=max_new_tokens,
-  )
-  room = max_length - max_new_tokens - prompts.tokens.shape[1]
-  return prompts._replace(tokens=jnp.pad(prompts.tokens, ((0, 0), (0, room))))
 
 
 def _response(tokenizer, tokens, length, prompt_length, log_prob) -> attempts_lib.Response:

@@ -58,7 +58,6 @@ def scores(
   *,
   temperature: float | jax.Array = 1.0,
   chunk: int = 256,
-  key: jax.Array | None = None,
 ) -> Scores:
   """log p(target | tokens before it) under the law that targets were drawn from, and its entropy.
 
@@ -73,9 +72,8 @@ def scores(
       `positions`, see `likelihood.next_token`.
     temperature: that targets were drawn with, above 0.
     chunk: positions read out at once.
-    key: turns dropout on.
   """
-  hidden = likelihood.hidden_states(model, params, batch, key)
+  hidden = likelihood.hidden_states(model, params, batch, None)  # no dropout
   drawn = {name: batch[name] for name in ("targets", "mask", "kept") if name in batch}
 
   def one(hidden, drawn):

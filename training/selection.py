@@ -1,4 +1,4 @@
-"""Which rows of a round of rollouts to learn from, and how: advantages, right answers, or pairs.
+"""Which rows of a round of rollouts to learn from: with advantages, right ones, pairs, or judged.
 
 Each is a `Select`, composed with the functions of `advantages` and `stepwise`; rewards decide, and
 no right answer but the model's own is read.
@@ -41,9 +41,9 @@ def right_samples(limit: int) -> Select:
 
   def select(made, rewards):
     chosen = [
-      index
-      for group in range(len(rewards))
-      for index in _different(made, rewards > 0, group)[:limit]
+      group * len(row) + j
+      for group, row in enumerate(rewards)
+      for j in _different(made.attempts[group].responses, row > 0)[:limit]
     ]
     return _with_advantage(made.rows, np.array(chosen, int), np.ones(len(chosen), np.float32))
 
@@ -83,9 +83,12 @@ def pairs(limit: int, weights: PairWeights = whole) -> Select:
   def select(made, rewards):
     found = []
     for group, row in enumerate(rewards):
-      best = _different(made, rewards == row.max(), group)
-      rest = _different(made, rewards < row.max(), group)
-      found += [(best[i % len(best)], worse) for i, worse in enumerate(rest[:limit])]
+      responses, first = made.attempts[group].responses, group * len(row)
+      best = _different(responses, row == row.max())
+      rest = _different(responses, row < row.max(), {responses[j] for j in best})
+      found += [
+        (first + best[i % len(best)], first + worse) for i, worse in enumerate(rest[:limit])
+      ]
     found = np.array(found, int).reshape(-1, 2)
     chosen, rejected = (_rows(made.rows, side) for side in found.T)
     for side in (chosen, rejected):
@@ -97,6 +100,32 @@ def pairs(limit: int, weights: PairWeights = whole) -> Select:
     return {"chosen": chosen, "rejected": rejected, "weight": np.ones(len(found), np.float32)}
 
   return select
+
+
+def judged(made: rollouts.Rollouts, rewards: np.ndarray) -> step.Batch:
+  """Every sample, good where its reward is above 0: a `Select` for losses without pairs.
+
+  Returns:
+    `sample`, rows; `desirable` [M] bool; and `weight` [M], which is 1.
+  """
+  sample = _rows(made.rows, np.arange(rewards.size))
+  desirable = rewards.ravel() > 0
+  return {"sample": sample, "desirable": desirable, "weight": np.ones(rewards.size, np.float32)}
+
+
+def judged_and_mismatched(made: rollouts.Rollouts, rewards: np.ndarray) -> step.Batch:
+  """The same and `mismatched`: each row's prompt with a sample of the next problem, cyclically.
+
+  Their log-ratios estimate KTO's reference point (Ethayarajh et al. 2024, arXiv 2402.01306).
+
+  Raises:
+    ValueError: there is one problem only.
+  """
+  problems, group_size = rewards.shape
+  if problems < 2:
+    raise ValueError("Mismatched samples are of another problem, and a round has one: give more.")
+  others = np.roll(np.arange(rewards.size), -group_size)
+  return {**judged(made, rewards), "mismatched": _answered(made.rows, others)}
 
 
 def filled(batch: step.Batch, capacity: int) -> step.Batch:
@@ -118,6 +147,21 @@ def _rows(rows: rollouts.Rows, index: np.ndarray) -> rollouts.Rows:
   return {name: np.asarray(x)[index] for name, x in rows.items()}
 
 
+def _answered(rows, others) -> rollouts.Rows:
+  """Row i with the tokens drawn in row others[i] in place of its own.
+
+  Rows have room for the longest prompt and the most that is drawn, so each fits.
+  """
+  tokens, targets, mask = (np.zeros_like(rows[name]) for name in ("tokens", "targets", "mask"))
+  for row, other in enumerate(others):
+    drawn, start = _drawn(rows, other), int(np.argmax(rows["mask"][row] != 0))
+    end = start + len(drawn)
+    sequence = [*rows["tokens"][row, : start + 1], *drawn]
+    tokens[row, :end], targets[row, :end] = sequence[:-1], sequence[1:]
+    mask[row, start:end] = 1
+  return {"tokens": tokens, "targets": targets, "mask": mask}
+
+
 def _with_advantage(rows, index, advantage) -> step.Batch:
   chosen = _rows(rows, index)
   return {
@@ -131,9 +175,10 @@ def _drawn(rows, row) -> list[int]:
   return rows["targets"][row][rows["mask"][row] != 0].tolist()
 
 
-def _different(made, wanted, group) -> list[int]:
-  """Of a group's wanted samples [P, G] bool, the first of each text; indices of rows."""
-  first, size = {}, wanted.shape[1]
-  for j in np.flatnonzero(wanted[group]):
-    first.setdefault(made.attempts[group].responses[j], group * size + j)
+def _different(responses, wanted, but=()) -> list[int]:
+  """Of a group's wanted samples [G] bool, the first of each text that is not in `but`."""
+  first: dict[str, int] = {}
+  for j in np.flatnonzero(wanted):
+    if responses[j] not in but:
+      first.setdefault(responses[j], int(j))
   return list(first.values())

@@ -18,6 +18,7 @@ from ancestral.launch import (
   sample,
   supervised,
   train,
+  workdirs,
 )
 from ancestral.training import data, metrics
 
@@ -91,6 +92,7 @@ def mean_kind(monkeypatch):
   """The three tables that a kind is entered in."""
   module = types.SimpleNamespace(
     FREE_TO_EVALUATE=("train",),
+    FREE_TO_RESUME=(),
     build=build,
     stepping=supervised.stepping,
     finished=lambda params: params["mean"],
@@ -148,7 +150,7 @@ def test_an_unknown_kind(mean_kind):
   config = fields.Config({"kind": "meen"})
   with pytest.raises(
     ValueError,
-    match=r"'meen'; it is one of classifier, image_learning, images, language, learning, mean\.",
+    match=r"'meen'; it is one of classifier, image_learning, .*, learning, mean, preferences\.",
   ):
     experiment.build(config)
 
@@ -167,4 +169,4 @@ def test_an_experiment_has_what_the_protocol_says():
   ],
 )
 def test_the_quality_of_a_checkpoint(scalars, expected):
-  assert experiment.quality(scalars) == expected
+  assert workdirs.quality(scalars) == expected

@@ -2,6 +2,7 @@
 
 import json
 import pathlib
+import shutil
 import signal
 
 import jax
@@ -13,6 +14,7 @@ from ancestral.launch import (
   evaluate,
   experiment,
   fields,
+  language,
   learning,
   rollouts,
   sample,
@@ -23,7 +25,7 @@ from ancestral.training import checkpoint, metrics
 
 CONFIGS = pathlib.Path(__file__).parents[2] / "configs"
 VARIANTS = [("policy", name) for name in policy.METHODS]
-VARIANTS += [("preference", name) for name in preference.METHODS]
+VARIANTS += [("preference", name) for name in preference.METHODS | preference.UNPAIRED]
 
 
 @pytest.fixture(scope="session")
@@ -136,6 +138,35 @@ def test_every_method_trains(command, start, tmp_path, config, variant):
   assert all(np.isfinite(record.get("loss", 0)) for record in seen(tmp_path / "run"))
 
 
+def test_unpaired_samples_are_all_of_a_round_and_begin_at_the_start(command, start, tmp_path):
+  workdir = tmp_path / "run"
+  run = arguments(
+    start,
+    "preference.py:kto",
+    rollouts__top_k=5,
+    train__num_minibatches=1,
+    method__options__undesirable_weight=0.5,
+  )
+  assert command(train, f"--workdir={workdir}", *run).status == 0
+  first, second = seen(workdir)
+  assert first["selected"] == 32 and first["desirable"] == pytest.approx(first["reward"])
+  # The policy is the reference: no log-ratio, no divergence, half of each weight.
+  assert first["loss"] == pytest.approx(0.5 * (0.5 + 0.5 * first["reward"]), abs=1e-5)
+  assert abs(first["log_ratio"]) < 1e-5 < abs(second["log_ratio"])
+
+
+def test_samples_are_as_long_as_the_start_is_evaluated(start):
+  with (config := policy.get_config()).unlocked():
+    config.start.workdir = str(start)
+    limits = lambda config: (config.rollouts.max_new_tokens, config.evaluation.max_new_tokens)
+    saved = workdirs.saved_config(str(start)).evaluation.max_new_tokens
+    assert limits(learning.complete(config)) == (saved, saved)
+    config.rollouts.max_new_tokens = saved + 1
+    assert limits(learning.complete(config)) == (saved + 1, saved + 1)
+    config.evaluation.max_new_tokens = saved + 2
+    assert limits(learning.complete(config)) == (saved + 1, saved + 2)
+
+
 FULL = {
   "config": "policy.py:dapo",
   "train__num_steps": 4,
@@ -161,7 +192,12 @@ def test_a_stopped_run_goes_on_with_the_same_rollouts(command, start, tmp_path):
       manager.delete(step)
   with (broken / "rollouts.jsonl").open("a") as file:
     file.write('{"step": 3, "prompt": "1+')
-  assert command(train, f"--workdir={broken}", *arguments(start, **FULL)).status == 0
+  elsewhere = {
+    "rollouts__num_workers": 2,
+    "rollouts__timeout": 9.0,
+    "rollouts__reference": "device",
+  }
+  assert command(train, f"--workdir={broken}", *arguments(start, **FULL | elsewhere)).status == 0
   assert (broken / "rollouts.jsonl").read_text() == (whole / "rollouts.jsonl").read_text()
   jax.tree.map(np.testing.assert_array_equal, params_of(broken), params_of(whole))
 
@@ -202,6 +238,11 @@ def test_offline_rollouts_are_of_the_start_in_every_round(command, start, tmp_pa
     ({"method.correction": "all"}, "config.method.correction is 'all'; it is one of masked"),
     ({"train.num_minibatches": 0}, "config.train.num_minibatches is 0; it is at least 1"),
     ({"rollouts.top_k": 0}, "top_k"),
+    ({"rollouts.top_p": 5.0}, "top_p(5.0)"),
+    ({"method.divergence_weight": -1.0}, "config.method.divergence_weight is -1.0; it is at least"),
+    ({"method.advantage": "leave_one_out", "rollouts.group_size": 1}, "A group needs two samples"),
+    ({"method.surrogate": "reinforce"}, "options of reinforce has 'high'; it may have none"),
+    ({"start.best": True, "start.step": 40}, "config.start has a step and best: give one of them"),
   ],
 )
 def test_what_cannot_be_is_one_line(command, start, tmp_path, changed, message):
@@ -220,11 +261,18 @@ def test_constants_that_a_loss_does_not_have_are_named(start):
     learning.build(config.lock())
 
 
+def test_a_loss_of_mismatched_samples_takes_two_problems(start):
+  with (config := preference.get_config("kto")).unlocked():
+    config.start.workdir, config.train.batch_size = str(start), 1
+  with pytest.raises(ValueError, match=r"train\.batch_size is 1; kto takes 2 problems at least"):
+    learning.build(config.lock())
+
+
 def test_a_start_of_text_has_no_verifier():
   saved = fields.Config({"model": {}, "data": {}, "loss": {}})
   config = policy.get_config("grpo")
   with pytest.MonkeyPatch.context() as patch, config.unlocked():
-    config.start.workdir = "text"
+    config.start.workdir, config.start.step = "text", 1
     patch.setattr(workdirs, "saved_config", lambda workdir, step: saved)
     with pytest.raises(ValueError, match=r"start\.workdir='text' has no verifier"):
       learning.complete(config)
@@ -245,3 +293,55 @@ def test_a_signal_saves_the_round(command, start, tmp_path, monkeypatch):
   monkeypatch.setitem(learning.REWARDS, "verifier", judged)
   assert command(train, f"--workdir={workdir}", *run).status == 0
   assert [record["step"] for record in seen(workdir)] == [1, 2, 3]
+
+
+def test_a_constant_of_a_loss_is_a_flag(command, start, tmp_path):
+  run = arguments(start, "preference.py:dpo", method__options__beta=0.05, train__num_steps=1)
+  assert command(train, f"--workdir={tmp_path / 'run'}", *run).status == 0
+  assert workdirs.saved_config(str(tmp_path / "run")).method.options.beta == 0.05
+
+
+def test_problems_are_not_those_that_the_start_was_trained_on(start):
+  config = policy.get_config("grpo")
+  with config.unlocked():
+    config.start.workdir = str(start)
+  made = learning.build(config.lock())
+  drawn = learning.problems_of(made)({"index": np.arange(20)})
+  trained = language.build(workdirs.saved_config(str(start)))
+  first = [made.tokenizer.decode(trained.source[i]["tokens"]) for i in range(20)]
+  same = [text.startswith(problem.prompt) for text, problem in zip(first, drawn, strict=True)]
+  assert sum(same) < 5  # of one-digit sums some are alike
+
+
+def test_a_run_does_not_change_with_the_run_it_began_with(command, start, tmp_path):
+  """The start goes on after the first round; "the latest" is still the one of that moment."""
+  moving, whole, broken = tmp_path / "moving", tmp_path / "whole", tmp_path / "broken"
+  shutil.copytree(start, moving)
+  run = arguments(moving, "policy.py:oreal", train__num_steps=2)
+  assert command(train, f"--workdir={whole}", *run).status == 0
+  one = arguments(moving, "policy.py:oreal", train__num_steps=2)
+  assert command(train, f"--workdir={broken}", *one).status == 0
+  with checkpoint.open_manager(workdirs.checkpoints(broken), create=False) as manager:
+    manager.delete(2)
+  config = json.loads((moving / "config.json").read_text())
+  step = config["train"]["num_steps"]
+  on = [f"--config={CONFIGS / 'arithmetic.py'}", *_flags(config, train__num_steps=step + 5)]
+  assert command(train, f"--workdir={moving}", *on).status == 0
+  assert workdirs.saved_config(str(moving)).train.num_steps == step + 5
+  assert command(train, f"--workdir={broken}", *run).status == 0
+  assert workdirs.saved_config(str(broken)).start.step == step
+  jax.tree.map(np.testing.assert_array_equal, params_of(broken), params_of(whole))
+
+
+def _flags(config, **changed):
+  """Every field of a saved configuration as a flag."""
+  flat = {
+    f"{section}.{name}": value
+    for section, values in config.items()
+    if isinstance(values, dict)
+    for name, value in values.items()
+    if value is not None
+  }
+  flat |= {name.replace("__", "."): value for name, value in changed.items()}
+  tuples = {name: tuple(v) if isinstance(v, list) else v for name, v in flat.items()}
+  return [f"--config.{name}={value}" for name, value in tuples.items()]

@@ -15,6 +15,7 @@ from ancestral.models import toy
 from ancestral.sampling import truncation
 from ancestral.tasks import base as tasks
 from ancestral.tasks import tokenizer as tokenizers
+from ancestral.tasks import workers
 from ancestral.training import (
   advantages,
   aggregation,
@@ -42,7 +43,8 @@ def verify(problem, response):
 TASK = tasks.Task(problem=None, verify=verify, tokenizer=TOKENIZER)
 PROBLEMS = [tasks.Problem(text, "1", {"key": text, "level": 1}) for text in ("0", "00", "10")]
 SAMPLES = len(PROBLEMS) * GROUP
-OPTIMIZER = optax.sgd(0.5)
+RATE = 2.0
+OPTIMIZER = optax.sgd(RATE)
 
 
 def update_of(loss_fn, num_microbatches=1):
@@ -67,7 +69,10 @@ def centred(rewards, lengths):
   return np.asarray(advantages.group_centred(rewards))
 
 
-def sampling(filters=(), temperature=1.0, **kwargs):
+IN_PROCESS = attempts.in_process(verify)
+
+
+def sampling(filters=(), temperature=1.0, verify_all=IN_PROCESS, **kwargs):
   sample = rollouts.sampler(
     MODEL, group_size=GROUP, max_new_tokens=NEW, stop=(TOKENIZER.eos,), filters=filters
   )
@@ -77,7 +82,7 @@ def sampling(filters=(), temperature=1.0, **kwargs):
     TASK,
     problems,
     key,
-    verify_all=attempts.in_process(verify),
+    verify_all=verify_all,
     temperature=temperature,
     group_size=GROUP,
     batch_size=32,
@@ -126,8 +131,8 @@ def test_a_round_is_a_gradient_step_on_its_own_samples():
     log_prob = law[made.rows["tokens"], made.rows["targets"]] * made.rows["mask"]
     return -jnp.sum(advantage * jnp.sum(log_prob, axis=-1)) / rewards.size
 
-  expected = start().params - 0.5 * jax.grad(by_hand)(start().params)
-  np.testing.assert_allclose(state.params, expected, atol=1e-6)
+  expected = start().params - RATE * jax.grad(by_hand)(start().params)
+  np.testing.assert_allclose(state.params, expected, atol=1e-5)
   assert metrics["reward"] == metrics["correct"] == rewards.mean() and metrics["ratio"] == 1
   assert metrics["length"] == made.lengths.mean() and metrics["selected"] == rewards.size
   assert int(state.step) == 1
@@ -169,7 +174,8 @@ def test_minibatches_split_the_rows_and_filling_adds_none():
 
   def update(key, state, minibatch):
     batches.append(minibatch)
-    return state, {"loss": jnp.float32(len(batches))}
+    rows = float(np.sum(minibatch["rows"] > 0))
+    return state, {"loss": float(minibatch["rows"].max()), "weight": rows}
 
   _, (metrics,) = run(
     1,
@@ -184,7 +190,29 @@ def test_minibatches_split_the_rows_and_filling_adds_none():
   assert sorted(row for rows in first for row in rows) == [0] * 11 + list(range(1, 8))
   assert sorted(sum(row > 0 for row in rows) for rows in first) == [2, 2, 3]
   assert [batch["rows"].tolist() for batch in batches[3:]] == first
-  assert metrics["loss"] == 3.5 and metrics["selected"] == 7
+  assert metrics["loss"] == sum(max(rows) * sum(row > 0 for row in rows) for rows in first) / 7
+  assert metrics["weight"] == 7 / 3 and metrics["selected"] == 7
+  with pytest.raises(ValueError, match="capacity=7 rows do not divide into num_minibatches=2"):
+    run(1, capacity=7, num_minibatches=2)
+
+
+def test_there_are_no_more_updates_than_rows():
+  """A minibatch of filling alone would move parameters by the optimizer's momentum."""
+  calls = []
+
+  def update(key, state, minibatch):
+    calls.append(minibatch)
+    return state, {"loss": 1.0, "weight": 1.0}
+
+  select = lambda made, rewards: {"rows": np.arange(2)}
+  run(1, num_minibatches=4, num_epochs=3, select=select, update=update)
+  assert [len(call["rows"]) for call in calls] == [3] * 6
+
+
+def test_a_verifier_that_fails_is_a_fault_and_no_reward():
+  broken = lambda pairs: [tasks.Verification(False, workers.FAULT + "died")] * len(pairs)
+  _, (metrics,) = run(1, roll_out=sampling(verify_all=broken))
+  assert metrics["faults"] >= 0.5 and metrics["correct"] == 0
 
 
 def test_a_round_that_selects_nothing_changes_nothing_but_the_count():

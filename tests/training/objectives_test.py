@@ -1,10 +1,13 @@
 """Losses of rows and of pairs, on a Markov chain whose log-probabilities are its parameters."""
 
+import functools
+
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
+import targets
 from ancestral.models import toy
 from ancestral.training import (
   aggregation,
@@ -14,6 +17,7 @@ from ancestral.training import (
   preference,
   reference_free,
   scoring,
+  unpaired,
 )
 
 pytestmark = pytest.mark.usefixtures("compiles_quickly")
@@ -176,3 +180,120 @@ def test_a_batch_of_filling_alone_has_loss_and_gradient_0():
   summed = lambda params: jnp.sum(loss_fn(None, params, batch)[0][0])
   value, gradient = jax.value_and_grad(summed)(PARAMS)
   assert value == 0 and not np.any(gradient)
+
+
+DESIRABLE = np.array([True, False, True, False])
+
+
+def singles_batch():
+  sides = {}
+  for seed, name in enumerate(("sample", "mismatched"), 3):
+    made = rows(seed)
+    sides[name] = made | {"reference_log_prob": scored(REFERENCE, made)}
+  weight = jnp.array([1.0, 1.0, 1.0, 0.0])
+  return sides | {"desirable": jnp.asarray(DESIRABLE), "weight": weight}
+
+
+def log_ratios(rows):
+  """Of each row, and its gradient [V, V], by going through its tokens; float64."""
+  law = lambda p: np.asarray(p) - np.log(np.exp(np.asarray(p, np.float64)).sum(-1, keepdims=True))
+  log_p, log_q = law(PARAMS), law(REFERENCE)
+  values, gradients = np.zeros(B), np.zeros((B, VOCAB, VOCAB))
+  for row, t in zip(*np.nonzero(np.asarray(rows["mask"])), strict=True):
+    a, b = int(rows["tokens"][row, t]), int(rows["targets"][row, t])
+    values[row] += log_p[a, b] - log_q[a, b]
+    gradients[row, a] += np.eye(VOCAB)[b] - np.exp(log_p[a])
+  return values, gradients
+
+
+def sigmoid(x):
+  return 1 / (1 + np.exp(-x))
+
+
+def kto_by_hand(x, mismatched):
+  weights, point = np.where(DESIRABLE, 1.0, 3.0), max(mismatched[:3].mean(), 0)
+  inner = np.where(DESIRABLE, 1, -1) * 0.5 * (x - point)
+  slope = -weights * np.where(DESIRABLE, 1, -1) * 0.5 * sigmoid(inner) * sigmoid(-inner)
+  return weights * sigmoid(-inner), slope
+
+
+def apo_zero_by_hand(x, mismatched):
+  inner = np.where(DESIRABLE, 1, -1) * 0.1 * x
+  return sigmoid(-inner), -np.where(DESIRABLE, 1, -1) * 0.1 * sigmoid(inner) * sigmoid(-inner)
+
+
+def bco_by_hand(x, mismatched):
+  midpoint = ((x[0] + x[2]) / 2 + x[1]) / 2  # the last row is filling
+  inner = np.where(DESIRABLE, 1, -1) * 0.5 * (x - midpoint)
+  return -np.log(sigmoid(inner)), -np.where(DESIRABLE, 1, -1) * 0.5 * sigmoid(-inner)
+
+
+@pytest.mark.parametrize(
+  "loss, by_hand",
+  [
+    (
+      objectives.around_divergence(
+        functools.partial(unpaired.kto, beta=0.5, undesirable_weight=3.0)
+      ),
+      kto_by_hand,
+    ),
+    (objectives.around_zero(unpaired.apo_zero), apo_zero_by_hand),
+    (objectives.around_midpoint(functools.partial(unpaired.bco, beta=0.5)), bco_by_hand),
+  ],
+)
+@pytest.mark.parametrize("shift", [-2.0, 2.0])  # the divergence is above 0, and it is clamped
+def test_singles_are_read_by_their_log_ratios_around_a_constant(loss, by_hand, shift):
+  batch = singles_batch()
+  others = batch["mismatched"]
+  others["reference_log_prob"] += shift * others["mask"]
+  x, gradients = log_ratios(batch["sample"])
+  mismatched = log_ratios(others)[0] - shift * np.asarray(others["mask"]).sum(-1)
+  assert (mismatched[:3].mean() > 0) == (shift < 0)
+  losses, slopes = by_hand(x, mismatched)
+  loss_fn = objectives.of_singles(MODEL, loss, chunk=4)
+  value, gradient = jax.value_and_grad(lambda params: total(loss_fn, params, batch))(PARAMS)
+  np.testing.assert_allclose(value, losses[:3].mean(), rtol=1e-5)
+  expected = np.einsum("b,bij->ij", slopes[:3], gradients[:3]) / 3
+  np.testing.assert_allclose(gradient, expected, atol=1e-6)
+  (_, weight), metrics = loss_fn(None, PARAMS, batch)
+  np.testing.assert_array_equal(metrics["desirable"], [1, 0, 1, 0])
+  np.testing.assert_allclose(metrics["log_ratio"][:3], x[:3], rtol=1e-5)
+  np.testing.assert_array_equal(metrics["preferred"], ((x > 0) == DESIRABLE) * np.asarray(weight))
+
+
+@pytest.mark.parametrize(
+  "loss",
+  [
+    objectives.around_divergence(unpaired.kto),
+    objectives.around_zero(unpaired.apo_zero),
+    objectives.around_midpoint(unpaired.bco),
+  ],
+)
+def test_singles_that_are_filling_alone_have_loss_and_gradient_0(loss):
+  batch = jax.tree.map(jnp.zeros_like, singles_batch())
+  loss_fn = objectives.of_singles(MODEL, loss)
+  summed = lambda params: jnp.sum(loss_fn(None, params, batch)[0][0])
+  value, gradient = jax.value_and_grad(summed)(PARAMS)
+  assert value == 0 and not np.any(gradient)
+
+
+def test_dropout_is_off():
+  """What drew the samples had none, nor has the reference: the first ratio is 1."""
+  model, params = targets.tiny_target(num_layers=1, dropout=0.5)
+  made = rows(0)
+  score = lambda params: scoring.scores(model, params, made).log_prob
+  batch = made | {
+    "log_prob": score(params),
+    "old_log_prob": score(params),
+    "advantage": made["mask"],
+  }
+  loss_fn = objectives.of_tokens(
+    model, [objectives.surrogate(policy.ppo_clip)], aggregation.token_mean
+  )
+  (_, weight), metrics = loss_fn(jax.random.key(0), params, batch)
+  assert float(jnp.sum(metrics["ratio"]) / jnp.sum(weight)) == pytest.approx(1, abs=1e-5)
+  side = made | {"weight": made["mask"], "reference_log_prob": score(params)}
+  pair = {"chosen": side, "rejected": side, "weight": jnp.ones(B)}
+  loss_fn = objectives.of_pairs(model, objectives.log_ratios(preference.dpo))
+  (losses, _), _ = loss_fn(jax.random.key(0), params, pair)
+  np.testing.assert_allclose(losses, np.log(2), rtol=1e-6)

@@ -81,3 +81,39 @@ def test_filling_adds_rows_that_weigh_nothing():
   assert not full["chosen"]["mask"][2:].any()
   with pytest.raises(ValueError, match="2 rows to learn from, more than the 1"):
     selection.filled(batch, 1)
+
+
+def test_judged_samples_are_all_of_them_with_what_the_reward_says():
+  batch = selection.judged(made(), REWARDS - np.array([[0, 1, 0, 0], [0, -0.5, 0, 0]]))
+  np.testing.assert_array_equal(batch["desirable"], [1, 0, 0, 0, 0, 1, 0, 0])
+  np.testing.assert_array_equal(batch["weight"], np.ones(8))
+  jax.tree.map(np.testing.assert_array_equal, batch["sample"], made().rows)
+  assert not selection.filled(batch, 9)["weight"][8]
+
+
+def test_a_mismatched_row_is_a_prompt_with_a_sample_of_another_problem():
+  rollout = made()
+  rows = rollout.rows
+  for name, shift in (("tokens", 4), ("targets", 4), ("mask", 4)):  # a longer prompt: 1, 3, then
+    rows[name][shift:, 1:] = rows[name][shift:, :-1].copy()  # what was drawn
+  rows["tokens"][4:, :2] = [1, 3]
+  rows["targets"][4:, 0], rows["mask"][4:, 0] = 3, 0
+  found = selection.judged_and_mismatched(rollout, REWARDS)["mismatched"]
+  # Sample 2 of the first problem, [1] [5, 7, 2], gets [3, 9, 9, 2] of the second; and the reverse.
+  np.testing.assert_array_equal(found["tokens"][2], [1, 3, 9, 9, 0, 0])
+  np.testing.assert_array_equal(found["targets"][2], [3, 9, 9, 2, 0, 0])
+  np.testing.assert_array_equal(found["mask"][2], [1, 1, 1, 1, 0, 0])
+  np.testing.assert_array_equal(found["tokens"][6], [1, 3, 5, 7, 0, 0])
+  np.testing.assert_array_equal(found["targets"][6], [3, 5, 7, 2, 0, 0])
+  np.testing.assert_array_equal(found["mask"][6], [0, 1, 1, 1, 0, 0])
+  one = rollout._replace(rows={name: x[:4] for name, x in rows.items()})
+  with pytest.raises(ValueError, match="a round has one: give more"):
+    selection.judged_and_mismatched(one, REWARDS[:1])
+
+
+def test_a_text_is_never_compared_with_itself():
+  """As it would be where rewards are coins."""
+  coins = np.array([[1, 0, 0, 1], [0, 1, 0, 0]], np.float32)  # samples 0 and 1 are the same
+  batch = selection.pairs(4)(made(), coins)
+  chosen, rejected = (batch[side]["targets"] for side in ("chosen", "rejected"))
+  assert len(chosen) == 1 + 2 and all(np.any(chosen != rejected, axis=1))
