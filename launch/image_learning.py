@@ -45,6 +45,10 @@ class Drawn(NamedTuple):
     """1 where the verifier finds the class asked for, else 0; [P, G] float32."""
     return self.right
 
+  def faults(self) -> float:
+    """A classifier does not fail."""
+    return 0.0
+
 
 REWARDS = {
   "log_prob": lambda rng, made: made.log_prob,

@@ -30,9 +30,7 @@ class Round(NamedTuple):
   reward: Callable[[np.random.Generator, rollouts.Rollouts], np.ndarray]  # [P, G]
   select: selection.Select
   complete: Callable[[models.Params, step.Batch], step.Batch]  # of a minibatch, jitted
-  update: Callable[
-    ..., tuple[state_lib.TrainState, step.Metrics]
-  ]  # (key, state, minibatch), jitted
+  update: Callable[..., tuple[state_lib.TrainState, step.Metrics]]  # of (key, state, minibatch)
   record: Callable[[int, rollouts.Rollouts, np.ndarray], None]  # of the step that is made
 
 
