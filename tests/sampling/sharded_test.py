@@ -223,7 +223,7 @@ def eight_devices_sum_twice_a_layer():
 
   keys, tokens = base.row_keys(jax.random.key(0), jnp.arange(8)), jnp.ones((8, 1), jnp.int32)
   program = jax.jit(sharded.mapped(step, mesh)).lower(params, {}, keys, tokens).compile()
-  assert collectives(program) == [("all-reduce", "f32[2,1,32]")] * (2 * num_layers)
+  assert collectives(program) == [("all-reduce", "f32[2,32]")] * (2 * num_layers)
 
 
 @pytest.mark.parametrize("stacked", [True, False])
