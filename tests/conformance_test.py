@@ -83,6 +83,7 @@ def decoding(name, target, transform=logits.chain, make=decode.autoregressive, *
     "count": "int32",
     "log_prob": "float32",
     "model_log_prob": "float32",
+    "kept": "bool",
   }
   return Case(name, algorithm, params, prompts, sample, dtypes, **kwargs)
 
