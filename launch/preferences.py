@@ -124,25 +124,12 @@ def _line_number(path: pathlib.Path, index: int) -> int:
 
 
 def _pair(examples, pad_id, weights, row_length) -> step.Batch:
-  rows = [_row(example, pad_id, row_length) for example in examples]
+  rows = [data.padded(example, row_length, pad_id) for example in examples]
   drawn = [example["tokens"][example["mask"]].tolist() for example in examples]
   for row, weight in zip(rows, weights(*drawn), strict=True):
+    row["weight"] = np.zeros_like(row["mask"])
     row["weight"][row["mask"] != 0] = weight
   return {"chosen": rows[0], "rejected": rows[1], "weight": np.float32(1)}
-
-
-def _row(example, pad_id, length) -> step.Batch:
-  """An example's tokens, each aligned with its successor, and padding."""
-  count = len(example["tokens"])
-  tokens = np.full(length + 1, pad_id, np.int32)
-  mask = np.zeros(length + 1, np.float32)
-  tokens[:count], mask[:count] = example["tokens"], example["mask"]
-  return {
-    "tokens": tokens[:-1],
-    "targets": tokens[1:],
-    "mask": mask[1:],
-    "weight": np.zeros(length, np.float32),
-  }
 
 
 def scores(

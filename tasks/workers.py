@@ -37,7 +37,7 @@ _REASON_LENGTH = 1_000  # characters of a reason that are kept
 _MOST_BYTES = 65_536  # of an answer
 
 
-@dataclasses.dataclass
+@dataclasses.dataclass(eq=False)
 class _Worker:
   process: subprocess.Popen
   channel: socket.socket

@@ -2,6 +2,7 @@
 
 import contextlib
 import os
+import pathlib
 import signal
 import subprocess
 import sys
@@ -48,6 +49,11 @@ def verify(problem, response):
       for descriptor in range(3, 64):
         with contextlib.suppress(OSError):
           os.write(descriptor, b'[1, true, ""]\n')
+    case "meet":  # another response, which is verified at the same time
+      folder = pathlib.Path(os.environ["ROGUE_MEETING"])
+      (folder / str(os.getpid())).touch()
+      while len(list(folder.iterdir())) < 2:
+        time.sleep(0.01)
     case "wait":
       time.sleep(0.3)
   return base.Verification(response != "wrong", "" if response != "wrong" else "wrong")

@@ -191,21 +191,26 @@ def _shift(example: Example, length: int | None = None) -> Example:
   return {"tokens": tokens[:-1], "targets": tokens[1:], "mask": mask[1:].astype(np.float32)}
 
 
+def padded(example: Example, length: int, pad_id: int) -> dict[str, np.ndarray]:
+  """A row of one example, padded on the right with `pad_id`, where the mask is zero.
+
+  Raises:
+    ValueError: it is longer than a row.
+  """
+  aligned = _shift(example, length)
+  fill = {"tokens": pad_id, "targets": pad_id, "mask": 0}
+  row = {k: np.full(length, fill[k], v.dtype) for k, v in aligned.items()}
+  for k, v in aligned.items():
+    row[k][: len(v)] = v
+  return row
+
+
 def pad(length: int, pad_id: int) -> Rows:
-  """Rows of one example each, padded on the right with `pad_id`, where the mask is zero.
+  """Rows of one example each; see `padded`.
 
   Raises (when read): ValueError naming an example that is longer than a row.
   """
-
-  def row(example):
-    aligned = _shift(example, length)
-    fill = {"tokens": pad_id, "targets": pad_id, "mask": 0}
-    padded = {k: np.full(length, fill[k], v.dtype) for k, v in aligned.items()}
-    for k, v in aligned.items():
-      padded[k][: len(v)] = v
-    return padded
-
-  return lambda dataset: dataset.map(row)
+  return lambda dataset: dataset.map(lambda example: padded(example, length, pad_id))
 
 
 def _packed(pad_id: int) -> Callable[[dict], dict]:

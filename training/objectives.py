@@ -21,7 +21,7 @@ import jax
 import jax.numpy as jnp
 
 from ..models import base as models
-from . import aggregation, kl, policy, scoring, step, unpaired
+from . import aggregation, kl, policy, reference_free, scoring, step, stepwise, unpaired
 
 # (scores, batch) -> loss of each token [B, L]
 Term = Callable[[scoring.Scores, step.Batch], jax.Array]
@@ -94,19 +94,19 @@ class Side(NamedTuple):
 
   def total(self) -> jax.Array:
     """sum w log p, [B]."""
-    return jnp.sum(self.log_prob * self.weight, axis=-1)
+    return stepwise.weighted_ratio(self.log_prob, self.weight)
 
   def mean(self) -> jax.Array:
     """sum w log p / sum w, [B]; 0 where the weights are."""
-    return self.total() / jnp.maximum(jnp.sum(self.weight, axis=-1), 1e-6)
+    return reference_free.length_mean(self.log_prob, self.weight)
 
   def log_ratio(self) -> jax.Array:
     """sum w (log p - log reference), [B]."""
-    return self.total() - jnp.sum(self.reference * self.weight, axis=-1)
+    return stepwise.weighted_ratio(self.log_prob - self.reference, self.weight)
 
   def mean_log_ratio(self) -> jax.Array:
     """The same over sum w, [B]."""
-    return self.log_ratio() / jnp.maximum(jnp.sum(self.weight, axis=-1), 1e-6)
+    return reference_free.length_mean(self.log_prob - self.reference, self.weight)
 
 
 # (chosen, rejected) -> loss [B]

@@ -250,7 +250,11 @@ def clip_fraction(
 
 def entropy(logits: jax.Array) -> jax.Array:
   """-sum p log p, in nats, [...] of logits [..., V]; a logit of -inf is p = 0, and no gradient."""
-  log_p = jax.nn.log_softmax(logits.astype(jnp.float32), axis=-1)
+  return entropy_of_law(jax.nn.log_softmax(logits.astype(jnp.float32), axis=-1))
+
+
+def entropy_of_law(log_p: jax.Array) -> jax.Array:
+  """The same of log-probabilities [..., V], which are not normalised again."""
   possible = log_p > -jnp.inf
   log_p = jnp.where(possible, log_p, 0)
   return -jnp.sum(jnp.where(possible, jnp.exp(log_p) * log_p, 0), axis=-1)

@@ -167,7 +167,7 @@ def roll_out(
     keys = sampling.row_keys(key, jnp.asarray(requests))
     some = jax.tree.map(lambda leaf, index=index: leaf[index], prompts)
     drawn.append(sample(params, temperature, *place((keys, some))))
-    drawn[:-1] = jax.device_get(drawn[:-1])  # all but the one under way: devices hold two batches
+    drawn[-2:-1] = jax.device_get(drawn[-2:-1])  # not the one under way: devices hold two batches
   drawn = jax.device_get(drawn)
   join = lambda *parts: np.concatenate(parts)[: len(problems) * group_size]
   samples, rows = jax.tree.map(join, *drawn)

@@ -83,7 +83,7 @@ def scores(
       kept = jnp.where(inside[..., None], kept, jnp.uint8(255))
     law = sampled_law(model.readout(params, hidden), temperature, kept)
     chosen = jnp.take_along_axis(law, drawn["targets"][..., None], axis=-1)[..., 0]
-    return Scores(jnp.where(inside, chosen, 0), jnp.where(inside, policy.entropy(law), 0))
+    return Scores(jnp.where(inside, chosen, 0), jnp.where(inside, policy.entropy_of_law(law), 0))
 
   made = likelihood.in_chunks(one, (hidden, drawn), chunk)  # [L / chunk, B, chunk]
   batch_size, length = batch["targets"].shape

@@ -207,7 +207,7 @@ def test_a_row_is_a_response_and_its_weights_lie_on_it(tmp_path):
   one, two, three, four, seven = (tokenizer.encode(x)[0] for x in "12347")
   bos, eos, pad = tokenizer.bos, tokenizer.eos, tokenizer.pad
   chosen, rejected = pairs[0]["chosen"], pairs[0]["rejected"]
-  np.testing.assert_array_equal(chosen["tokens"], [bos, seven, one, two, eos, pad, pad])
+  np.testing.assert_array_equal(chosen["tokens"], [bos, seven, one, two, pad, pad, pad])
   np.testing.assert_array_equal(chosen["targets"], [seven, one, two, eos, pad, pad, pad])
   np.testing.assert_array_equal(chosen["mask"], [0, 1, 1, 1, 0, 0, 0])
   np.testing.assert_array_equal(chosen["weight"], [0, 0, 1, 0, 0, 0, 0])

@@ -4,10 +4,7 @@ The `eight_*` functions need eight devices: `test_on_eight_devices` runs them in
 """
 
 import functools
-import os
 import re
-import subprocess
-import sys
 import types
 
 import jax
@@ -35,23 +32,7 @@ HEADS = {"vocab_size": 24, "num_layers": 1, "width": 32, "num_heads": 4, "num_kv
 
 
 def test_on_eight_devices():
-  environment = {
-    **os.environ,
-    "JAX_PLATFORMS": "cpu",
-    # What takes time is compiling, and what is compared is compiled alike.
-    "XLA_FLAGS": "--xla_force_host_platform_device_count=8 --xla_backend_optimization_level=0",
-  }
-  command = [sys.executable, "-m", "pytest", "-q", "-x", "-p", "no:cacheprovider", "-p", "no:xdist"]
-  done = subprocess.run(
-    [*command, "-o", "python_functions=eight_*", os.path.abspath(__file__)],
-    env=environment,
-    capture_output=True,
-    text=True,
-    timeout=600,
-    check=False,
-  )
-  assert done.returncode == 0, done.stdout + done.stderr
-  assert "skipped" not in done.stdout
+  assert "skipped" not in targets.run_on_eight_devices(__file__)
 
 
 @functools.cache

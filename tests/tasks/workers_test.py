@@ -45,12 +45,10 @@ def test_a_bad_response_costs_itself_only():
       assert verdict == (response != "wrong", "wrong" if response == "wrong" else "")
 
 
-def test_workers_work_side_by_side():
-  pairs = [(PROBLEM, "wait")] * 8
-  with workers.workers(rogue_verifier.verify, num_workers=8, timeout=10.0) as verify:
-    start = time.monotonic()
-    assert all(verdict.correct for verdict in verify(pairs))
-  assert time.monotonic() - start < 8 * 0.3
+def test_workers_work_side_by_side(monkeypatch, tmp_path):
+  monkeypatch.setenv("ROGUE_MEETING", str(tmp_path))
+  with workers.workers(rogue_verifier.verify, num_workers=2, timeout=20.0) as verify:
+    assert all(verdict.correct for verdict in verify([(PROBLEM, "meet")] * 2))
 
 
 def test_verdicts_are_the_verifiers_own_and_in_order():
@@ -88,8 +86,8 @@ def test_a_call_that_is_broken_off_leaves_no_verdicts_behind(monkeypatch):
 
 
 def test_a_response_in_time_is_not_judged_late_while_a_worker_is_replaced(monkeypatch):
-  monkeypatch.setenv("ROGUE_IMPORT_SECONDS", "1.5")
-  with workers.workers(rogue_verifier.verify, num_workers=2, timeout=1.0) as verify:
+  monkeypatch.setenv("ROGUE_IMPORT_SECONDS", "2.5")
+  with workers.workers(rogue_verifier.verify, num_workers=2, timeout=2.0) as verify:
     found = verify([(PROBLEM, "hang"), (PROBLEM, "right"), *[(PROBLEM, "wait")] * 6])
   assert [verdict.correct for verdict in found] == [False] + [True] * 7
 

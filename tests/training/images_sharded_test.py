@@ -101,7 +101,7 @@ def eight_devices(name):
 
 @pytest.mark.parametrize("name", ["dit", pytest.param("unet", marks=pytest.mark.slow)])
 def test_on_eight_devices(name):
-  targets.run_on_eight_devices(__file__, name)
+  assert "1 passed" in targets.run_on_eight_devices(__file__, "-k", name)
 
 
 @pytest.mark.parametrize("platform", ["tpu", "cuda"])
