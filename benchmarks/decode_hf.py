@@ -17,6 +17,7 @@ import json
 import os
 import pathlib
 import platform
+import tempfile
 import time
 
 import jax
@@ -77,15 +78,10 @@ def theirs(config, params, tokens, new_tokens, **kwargs):
   import transformers
 
   device = "cuda" if jax.default_backend() == "gpu" else "cpu"
-  model = transformers.LlamaForCausalLM(
-    transformers.LlamaConfig(
-      **pretrained.llama_config(config), bos_token_id=None, eos_token_id=None, pad_token_id=0
-    )
-  )
-  single = jax.tree.map(lambda leaf: leaf.astype(jnp.float32), params)
-  state = {k: torch.from_numpy(v) for k, v in pretrained.llama_state_dict(single).items()}
-  model.load_state_dict(state)
-  model = model.to(device, getattr(torch, config.dtype)).eval()
+  with tempfile.TemporaryDirectory() as folder:
+    pretrained.write(f"{folder}/model", config, params, token_ids={"pad_token_id": 0})
+    model = transformers.LlamaForCausalLM.from_pretrained(f"{folder}/model", dtype=config.dtype)
+  model = model.to(device).eval()
   inputs = torch.from_numpy(tokens.astype(np.int64)).to(device)
 
   def sample():

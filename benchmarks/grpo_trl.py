@@ -214,14 +214,12 @@ def gradient_norm(config, params, seen) -> float:
 
 def their_model(config, params):
   """The same weights in transformers."""
-  import torch
   import transformers
 
-  made = pretrained.llama_config(config) | {"bos_token_id": 1, "eos_token_id": None}
-  model = transformers.LlamaForCausalLM(transformers.LlamaConfig(**made, pad_token_id=0))
-  weights = pretrained.llama_state_dict(params)
-  model.load_state_dict({name: torch.from_numpy(value) for name, value in weights.items()})
-  return model
+  with tempfile.TemporaryDirectory() as folder:
+    ids = {"bos_token_id": 1, "pad_token_id": 0}
+    pretrained.write(f"{folder}/model", config, params, token_ids=ids)
+    return transformers.LlamaForCausalLM.from_pretrained(f"{folder}/model", dtype="float32")
 
 
 def their_config(folder, steps, **settings):

@@ -16,6 +16,7 @@ transformers' assisted generation with the same weights at batch 1, which is all
 
 import dataclasses
 import json
+import tempfile
 import time
 
 import jax
@@ -217,15 +218,10 @@ def assisted(built, params, small, draft_params, prompt):
   device = "cuda" if jax.default_backend() == "gpu" else "cpu"
 
   def exported(built, params):
-    config = transformers.LlamaConfig(
-      **pretrained.llama_config(built.model_config),
-      bos_token_id=None,
-      eos_token_id=None,
-      pad_token_id=0,
-    )
-    model = transformers.LlamaForCausalLM(config)
-    state = pretrained.llama_state_dict(params)
-    model.load_state_dict({name: torch.from_numpy(leaf) for name, leaf in state.items()})
+    with tempfile.TemporaryDirectory() as folder:
+      ids = {"pad_token_id": 0}
+      pretrained.write(f"{folder}/model", built.model_config, params, token_ids=ids)
+      model = transformers.LlamaForCausalLM.from_pretrained(f"{folder}/model", dtype="float32")
     return model.to(device).eval()
 
   target, draft = exported(built, params), exported(small, draft_params)

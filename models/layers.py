@@ -1,4 +1,4 @@
-"""Layers of a transformer: normalisation, positions, attention with a cache, gated MLP.
+"""Layers of a transformer: normalisation, positions, attention with a cache, MLP.
 
 Shapes: B rows, L queries, S keys, H query heads, K key/value heads (H a multiple of K), C channels
 of a head, D model width. Heads come before positions, the order in which decoding reads a cache.
@@ -10,6 +10,8 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 from flax import linen as nn
+
+from . import partition, rotary
 
 
 class KeyValues(NamedTuple):
@@ -42,8 +44,15 @@ def attention_mask(slots: jax.Array, num_slots: int, *, causal: bool, window: in
   return mask
 
 
-def attend(query: jax.Array, key_values: KeyValues, mask: jax.Array | None) -> jax.Array:
-  """Grouped-query attention, softmax(q k^T / sqrt(C)) v, with the softmax in float32.
+def attend(
+  query: jax.Array,
+  key_values: KeyValues,
+  mask: jax.Array | None,
+  *,
+  scale: float | None = None,
+  softcap: float | None = None,
+) -> jax.Array:
+  """Grouped-query attention, softmax(scale q k^T) v, with the softmax in float32.
 
   Head h reads keys h // (H / K). A query that may attend to nothing gets 0, not NaN.
 
@@ -51,6 +60,8 @@ def attend(query: jax.Array, key_values: KeyValues, mask: jax.Array | None) -> j
     query: [B, H, L, C].
     key_values: keys and values [B, K, S, C].
     mask: [B, L, S] bool, or None where every query may attend to every key.
+    scale: of the scores s; 1 / sqrt(C) if None.
+    softcap: scores are bounded, softcap tanh(s / softcap); not if None.
 
   Returns:
     [B, H, L, C].
@@ -61,7 +72,9 @@ def attend(query: jax.Array, key_values: KeyValues, mask: jax.Array | None) -> j
   batch, num_heads, length, channels = query.shape
   grouped = query.reshape(batch, keys.shape[1], -1, length, channels)
   scores = jnp.einsum("bkglc,bksc->bkgls", grouped, keys, preferred_element_type=jnp.float32)
-  scores = scores * channels**-0.5
+  scores = scores * (channels**-0.5 if scale is None else scale)
+  if softcap is not None:
+    scores = softcap * jnp.tanh(scores / softcap)
   if mask is not None:
     scores = jnp.where(mask[:, None, None], scores, -jnp.inf)
   # A finite maximum leaves exp(-inf) = 0 where everything is masked.
@@ -93,9 +106,17 @@ def read(cache: KeyValues, slots: jax.Array) -> KeyValues:
   )
 
 
-def rotary_angles(positions: jax.Array, channels: int, base: float) -> jax.Array:
-  """Angles [B, L, C / 2] in radians: position * base^(-2 i / C), float32."""
-  frequencies = base ** (-jnp.arange(0, channels, 2, dtype=jnp.float32) / channels)
+def rotary_angles(
+  positions: jax.Array,
+  channels: int,
+  base: float,
+  scaling: rotary.Scaling | None = None,
+) -> jax.Array:
+  """Angles [B, L, C / 2] in radians: position * base^(-2 i / C) where not scaled, float32."""
+  if scaling is None:
+    frequencies = base ** (-jnp.arange(0, channels, 2, dtype=jnp.float32) / channels)
+  else:
+    frequencies = jnp.asarray(scaling.frequencies(channels, base), jnp.float32)
   return positions[:, :, None].astype(jnp.float32) * frequencies[None, None, :]
 
 
@@ -130,24 +151,50 @@ class RMSNorm(nn.Module):
   """x / sqrt(mean(x^2) + epsilon) * scale, in float32 (Zhang and Sennrich 2019, 1910.07467)."""
 
   epsilon: float = 1e-6
+  zero_centred: bool = False  # the parameter is scale - 1
 
   @nn.compact
   def __call__(self, x):
-    scale = self.param("scale", nn.initializers.ones, (x.shape[-1],))
+    init = nn.initializers.zeros if self.zero_centred else nn.initializers.ones
+    scale = self.param("scale", init, (x.shape[-1],))
+    if self.zero_centred:
+      scale = 1 + scale.astype(jnp.float32)
     wide = x.astype(jnp.float32)
     mean_square = jnp.mean(jnp.square(wide), axis=-1, keepdims=True)
     normed = wide * jax.lax.rsqrt(mean_square + self.epsilon)
     return (normed * scale.reshape((1,) * (x.ndim - 1) + (-1,))).astype(x.dtype)
 
 
+class LayerNorm(nn.Module):
+  """(x - mean(x)) / sqrt(var(x) + epsilon) * scale + bias, in float32 (Ba et al. 2016, 1607.06450).
+
+  The mean is taken off before squares are summed: flax's takes the difference of two large sums.
+  """
+
+  epsilon: float = 1e-5
+
+  @nn.compact
+  def __call__(self, x):
+    scale = self.param("scale", nn.initializers.ones, (x.shape[-1],))
+    bias = self.param("bias", nn.initializers.zeros, (x.shape[-1],))
+    wide = x.astype(jnp.float32)
+    centred = wide - jnp.mean(wide, axis=-1, keepdims=True)
+    variance = jnp.mean(jnp.square(centred), axis=-1, keepdims=True)
+    normed = centred * jax.lax.rsqrt(variance + self.epsilon)
+    of_channel = lambda leaf: leaf.reshape((1,) * (x.ndim - 1) + (-1,))
+    return (normed * of_channel(scale) + of_channel(bias)).astype(x.dtype)
+
+
 class Dense(nn.Dense):
   """x [..., D] times a matrix, as one product of rows.
 
   The same numbers as of the shape it has; on CPU the gradient of three-dimensional products takes
-  1.4 times as long.
+  1.4 times as long. Positions that are split over devices cannot be one dimension with the rows.
   """
 
   def __call__(self, x):
+    if "sequence" in partition.ambient():
+      return super().__call__(x)
     rows = super().__call__(x.reshape(-1, x.shape[-1]))
     return rows.reshape(*x.shape[:-1], self.features)
 
@@ -157,6 +204,7 @@ class Attention(nn.Module):
 
   Without a cache the keys are x's own; with one, x's keys and values are written to `slots` and
   the whole cache is attended to. Returns the output [B, L, D] and the cache as it is now.
+  `scale` and `softcap` are of the scores, see `attend`; `output_bias` is `use_bias` if None.
   """
 
   num_heads: int
@@ -167,6 +215,10 @@ class Attention(nn.Module):
   norm_epsilon: float
   output_init: nn.initializers.Initializer
   dtype: jnp.dtype
+  output_bias: bool | None = None
+  scale: float | None = None
+  softcap: float | None = None
+  zero_centred_norms: bool = False
 
   @nn.compact
   def __call__(self, x, *, angles, slots, mask, cache: KeyValues | None):
@@ -178,24 +230,44 @@ class Attention(nn.Module):
       return jnp.swapaxes(split if norm is None else norm(split), 1, 2)
 
     def norm(name):
-      return RMSNorm(self.norm_epsilon, name=name) if self.qk_norm else None
+      made = functools.partial(RMSNorm, self.norm_epsilon, self.zero_centred_norms, name=name)
+      return made() if self.qk_norm else None
 
     query = heads("query", self.num_heads, norm("query_norm"))
     keys = heads("key", self.num_kv_heads, norm("key_norm"))
     values = heads("value", self.num_kv_heads)
     if angles is not None:
       query, keys = rotate(query, angles), rotate(keys, angles)
+    query = partition.constrain(query, partition.ROWS, "tensor", "sequence", None)
+    keys, values = (
+      partition.constrain(x, partition.ROWS, "tensor", None, None) for x in (keys, values)
+    )
     own = KeyValues(keys, values)
     cache = None if cache is None else write(cache, own, slots)
-    mixed = attend(query, own if cache is None else cache, mask)
+    held = own if cache is None else cache
+    mixed = attend(query, held, mask, scale=self.scale, softcap=self.softcap)
     merged = jnp.swapaxes(mixed, 1, 2).reshape(*x.shape[:-1], -1)
-    return dense(x.shape[-1], kernel_init=self.output_init, name="output")(merged), cache
+    output_bias = self.use_bias if self.output_bias is None else self.output_bias
+    output = dense(x.shape[-1], use_bias=output_bias, kernel_init=self.output_init, name="output")
+    return output(merged), cache
 
 
-class GatedMLP(nn.Module):
-  """down(silu(gate(x)) * up(x)), the SwiGLU of Shazeer 2020, arXiv 2002.05202, equation 6."""
+ACTIVATIONS = {
+  "silu": nn.silu,
+  "gelu": functools.partial(nn.gelu, approximate=False),
+  "gelu_tanh": functools.partial(nn.gelu, approximate=True),
+}
+
+
+class MLP(nn.Module):
+  """down(f(gate(x)) * up(x)), or down(f(up(x))) where it is not gated.
+
+  With f = silu it is the SwiGLU of Shazeer 2020, arXiv 2002.05202, equation 6.
+  """
 
   width: int
+  activation: str  # of ACTIVATIONS
+  gated: bool
   use_bias: bool
   output_init: nn.initializers.Initializer
   dtype: jnp.dtype
@@ -203,5 +275,9 @@ class GatedMLP(nn.Module):
   @nn.compact
   def __call__(self, x):
     dense = functools.partial(Dense, use_bias=self.use_bias, dtype=self.dtype)
-    gated = nn.silu(dense(self.width, name="gate")(x)) * dense(self.width, name="up")(x)
-    return dense(x.shape[-1], kernel_init=self.output_init, name="down")(gated)
+    act = ACTIVATIONS[self.activation]
+    if self.gated:
+      hidden = act(dense(self.width, name="gate")(x)) * dense(self.width, name="up")(x)
+    else:
+      hidden = act(dense(self.width, name="up")(x))
+    return dense(x.shape[-1], kernel_init=self.output_init, name="down")(hidden)

@@ -1,6 +1,5 @@
 """A decoder-only (or bidirectional) transformer as a LanguageModel."""
 
-import dataclasses
 import functools
 from typing import NamedTuple
 
@@ -8,79 +7,8 @@ import jax
 import jax.numpy as jnp
 from flax import linen as nn
 
-from . import base, layers
-
-
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class TransformerConfig:
-  """Shape of a transformer; a field of None takes the value its comment says.
-
-  Raises:
-    ValueError: fields that do not fit together, at construction.
-  """
-
-  vocab_size: int
-  max_length: int  # the longest sequence; learned positions and randomised spacing depend on it
-  num_layers: int
-  width: int
-  num_heads: int
-  num_kv_heads: int | None = None  # num_heads
-  head_dim: int | None = None  # width / num_heads
-  mlp_width: int | None = None  # 8/3 of the width, rounded up to a multiple of 32
-  causal: bool = True
-  window: int | None = None  # no sliding window
-  positions: str = "rotary"  # or "learned", "none"
-  rotary_base: float = 10_000.0
-  position_range: int | None = None  # not randomised; otherwise of the positions drawn in training
-  use_bias: bool = False
-  qk_norm: bool = False
-  tied_embeddings: bool = True
-  logit_softcap: float | None = None  # no cap
-  norm_epsilon: float = 1e-6
-  dropout: float = 0.0
-  dtype: str = "float32"  # of the computation; params, softmax and logits are float32
-  scan_layers: bool = True  # init stacks the layers' params: compile time constant in depth
-
-  def __post_init__(self):
-    width, heads = self.width, self.num_heads
-    divides = self.head_dim is not None or width % max(heads, 1) == 0
-    _require(divides, f"width={width} is not a multiple of num_heads={heads}: give head_dim")
-    c = self.resolved()
-    kv_heads, span = c.num_kv_heads, c.position_range
-    for name in ("vocab_size", "max_length", "num_layers", "width", "num_heads", *_DERIVED):
-      _require(getattr(c, name) >= 1, f"{name}={getattr(c, name)} is not at least 1")
-    _require(
-      heads % kv_heads == 0, f"num_heads={heads} is not a multiple of num_kv_heads={kv_heads}"
-    )
-    kinds = ("rotary", "learned", "none")
-    _require(c.positions in kinds, f"positions={c.positions!r} is not one of {kinds}")
-    even = c.positions != "rotary" or c.head_dim % 2 == 0
-    _require(even, f"head_dim={c.head_dim} is odd: rotary positions turn pairs of channels")
-    wide = span is None or span >= c.max_length
-    _require(wide, f"position_range={span} is less than max_length={c.max_length}")
-    randomised = span is not None and c.positions == "none"
-    _require(not randomised, "positions='none' leaves position_range nothing to randomise")
-    _require(c.window is None or c.window >= 1, f"window={c.window} is not at least 1")
-    _require(0 <= c.dropout < 1, f"dropout={c.dropout} is not in [0, 1)")
-    capped = c.logit_softcap is not None
-    _require(not capped or c.logit_softcap > 0, f"logit_softcap={c.logit_softcap} is not above 0")
-
-  def resolved(self) -> "TransformerConfig":
-    """The same with sizes of None filled in."""
-    filled = {name: size(self) for name, size in _DERIVED.items() if getattr(self, name) is None}
-    return dataclasses.replace(self, **filled) if filled else self
-
-
-_DERIVED = {
-  "num_kv_heads": lambda config: config.num_heads,
-  "head_dim": lambda config: config.width // max(config.num_heads, 1),
-  "mlp_width": lambda config: -(-8 * config.width // 96) * 32,
-}
-
-
-def _require(holds: bool, rule: str) -> None:
-  if not holds:
-    raise ValueError(f"TransformerConfig: {rule}.")
+from . import base, layers, partition
+from .transformer_config import REMAT, TransformerConfig
 
 
 class Cache(NamedTuple):
@@ -100,6 +28,16 @@ class Cache(NamedTuple):
     return self._replace(layers=tuple(move(held) for held in self.layers))
 
 
+_NORMS = {
+  "rms": lambda c, **kwargs: layers.RMSNorm(c.norm_epsilon, c.zero_centred_norms, **kwargs),
+  "layer": lambda c, **kwargs: layers.LayerNorm(c.norm_epsilon, **kwargs),
+}
+
+
+def _norm(c: TransformerConfig, **kwargs) -> nn.Module:
+  return _NORMS[c.norm](c, **kwargs)
+
+
 class Block(nn.Module):
   """x + attention(norm(x)), then x + mlp(norm(x)), with dropout on both branches."""
 
@@ -115,23 +53,30 @@ class Block(nn.Module):
       num_heads=c.num_heads,
       num_kv_heads=c.num_kv_heads,
       head_dim=c.head_dim,
-      use_bias=c.use_bias,
+      use_bias=c.qkv_bias,
       qk_norm=c.qk_norm,
       norm_epsilon=c.norm_epsilon,
       output_init=output_init,
       dtype=dtype,
+      output_bias=c.output_bias,
+      scale=_score_scale(c),
+      softcap=c.attention_softcap,
+      zero_centred_norms=c.zero_centred_norms,
       name="attention",
     )
-    mixed, cache = attention(
-      layers.RMSNorm(c.norm_epsilon, name="attention_norm")(x),
-      angles=angles,
-      slots=slots,
-      mask=mask,
-      cache=cache,
-    )
-    x = x + dropout(mixed)
-    mlp = layers.GatedMLP(c.mlp_width, c.use_bias, output_init, dtype, name="mlp")
-    return x + dropout(mlp(layers.RMSNorm(c.norm_epsilon, name="mlp_norm")(x))), cache
+    after = lambda name: _norm(c, name=name) if c.post_norms else lambda branch: branch
+    normed = _norm(c, name="attention_norm")(x)
+    mixed, cache = attention(normed, angles=angles, slots=slots, mask=mask, cache=cache)
+    x = x + dropout(after("attention_post_norm")(mixed))
+    sizes = (c.mlp_width, c.activation, c.gated_mlp, c.mlp_bias)
+    mlp = layers.MLP(*sizes, output_init, dtype, name="mlp")
+    x = x + dropout(after("mlp_post_norm")(mlp(_norm(c, name="mlp_norm")(x))))
+    return partition.constrain(x, partition.ROWS, "sequence", None), cache
+
+
+def _score_scale(c: TransformerConfig) -> float:
+  scaling = c.rotary_scaling
+  return c.attention_scale * (1.0 if scaling is None else scaling.score_factor)
 
 
 def stack(params: base.Params) -> base.Params:
@@ -160,8 +105,8 @@ def unstack(params: base.Params) -> base.Params:
 def transformer(config: TransformerConfig) -> base.LanguageModel:
   """The language model of `config`; its params may be stacked or unstacked.
 
-  Pre-norm blocks of grouped-query attention and a gated MLP, after Llama (Touvron et al. 2023,
-  arXiv 2302.13971).
+  By default pre-norm blocks of grouped-query attention and a gated MLP, after Llama (Touvron et al.
+  2023, arXiv 2302.13971); `models.families` says what GPT-2, Qwen and Gemma 2 have instead.
   """
   c = config.resolved()
   dtype = jnp.dtype(c.dtype)
@@ -169,16 +114,20 @@ def transformer(config: TransformerConfig) -> base.LanguageModel:
   def init_cache(params, batch_size, max_length):
     del params
     shape = (batch_size, c.num_kv_heads, max_length, c.head_dim)
-    empty = lambda: layers.KeyValues(jnp.zeros(shape, dtype), jnp.zeros(shape, dtype))
+    zeros = partition.constrain(jnp.zeros(shape, dtype), partition.ROWS, "tensor", None, None)
+    empty = lambda: layers.KeyValues(zeros, zeros)
     return Cache(jnp.zeros(batch_size, jnp.int32), tuple(empty() for _ in range(c.num_layers)))
 
   def embed(params, tokens):
     # A token outside the vocabulary gives NaN, not a neighbour's embedding.
-    rows = params["embedding"].at[tokens].get(mode="fill", fill_value=jnp.nan)
-    return rows.astype(dtype)
+    table = partition.constrain(params["embedding"], "tensor", None)
+    rows = table.at[tokens].get(mode="fill", fill_value=jnp.nan)
+    rows = rows.astype(dtype)
+    return rows if c.embedding_scale == 1 else rows * c.embedding_scale
 
   def readout(params, hidden):
     kernel = params["embedding"].T if c.tied_embeddings else params["readout"]
+    kernel = partition.constrain(kernel, None, "tensor")
     logits = jnp.matmul(hidden, kernel.astype(dtype), preferred_element_type=jnp.float32)
     cap = c.logit_softcap
     return logits if cap is None else cap * jnp.tanh(logits / cap)
@@ -193,7 +142,7 @@ def _init(c, key, tokens):
   normal = nn.initializers.normal(c.width**-0.5)
   params = {
     "embedding": normal(embed_key, (c.vocab_size, c.width)),
-    "final_norm": {"scale": jnp.ones(c.width)},
+    "final_norm": _norm(c).init(jax.random.key(0), jnp.zeros((1, c.width)))["params"],  # constant
   }
   if c.positions == "learned":
     params["positions"] = normal(positions_key, (c.position_range or c.max_length, c.width))
@@ -201,10 +150,10 @@ def _init(c, key, tokens):
     params["readout"] = normal(readout_key, (c.width, c.vocab_size))
   x = jnp.zeros((*tokens.shape, c.width), jnp.dtype(c.dtype))
   slots = _slots(None, x)
-  places = _places(c, slots, slots, num_slots=tokens.shape[1], mask=None)
+  places = _places(c, slots, slots)
 
   def init_layer(key):
-    return Block(c).init(key, x, cache=None, deterministic=True, **places)["params"]
+    return Block(c).init(key, x, mask=None, cache=None, deterministic=True, **places)["params"]
 
   params["layers"] = jax.vmap(init_layer)(jax.random.split(layers_key, c.num_layers))
   return params if c.scan_layers else unstack(params)
@@ -231,24 +180,29 @@ def _trunk(c, params, x, cache=None, *, positions=None, mask=None, key=None):
       "A sliding window counts slots of the cache, which are not positions where a mask lets "
       "several tokens share one: leave out the mask, or the window."
     )
+  x = partition.constrain(x, partition.ROWS, "sequence", None)
   positions = _spread(c, slots if positions is None else positions, position_key)
   if c.positions == "learned":
     x = x + params["positions"][positions].astype(x.dtype)
   x = nn.Dropout(c.dropout, deterministic=not training).apply({}, x, rngs=_rngs(embed_key))
-  places = _places(c, slots, positions, num_slots, mask)
+  places = _places(c, slots, positions)
+  masks = _masks(c, slots, num_slots, mask)
 
-  def run_layer(x, layer, layer_cache, layer_key):
+  def run_layer(x, layer, layer_mask, layer_cache, layer_key):
     return Block(c).apply(
       {"params": layer},
       x,
+      mask=layer_mask,
       cache=layer_cache,
       deterministic=not training,
       rngs=_rngs(layer_key),
       **places,
     )
 
-  x, cache = _run_layers(run_layer, c.num_layers, params, x, cache, layers_key)
-  return layers.RMSNorm(c.norm_epsilon).apply({"params": params["final_norm"]}, x), cache
+  if cache is None:
+    run_layer = REMAT[c.remat](run_layer)
+  x, cache = _run_layers(run_layer, c.local_layers, masks, params, x, cache, layers_key)
+  return _norm(c).apply({"params": params["final_norm"]}, x), cache
 
 
 def _rngs(key):
@@ -276,30 +230,44 @@ def _spread(c, positions, key):
   return jnp.take_along_axis(drawn, positions, axis=1)
 
 
-def _places(c, slots, positions, num_slots, mask):
-  """What every layer is told of positions: the rotary angles, the slots, and the whole mask."""
+def _places(c, slots, positions):
+  """What every layer is told of positions: the rotary angles and the slots."""
   rotary = c.positions == "rotary"
-  own = layers.attention_mask(slots, num_slots, causal=c.causal, window=c.window)
-  return {
-    "angles": layers.rotary_angles(positions, c.head_dim, c.rotary_base) if rotary else None,
-    "slots": slots,
-    "mask": own if mask is None else own & mask,
-  }
+  turn = lambda: layers.rotary_angles(positions, c.head_dim, c.rotary_base, c.rotary_scaling)
+  return {"angles": turn() if rotary else None, "slots": slots}
 
 
-def _run_layers(run_layer, num_layers, params, x, cache, key):
-  """Applies the layers in order: a scan where their params are stacked and there is no cache."""
-  keys = None if key is None else jax.random.split(key, num_layers)
+def _masks(c, slots, num_slots, mask):
+  """The whole mask of the layers with the window (True) and of those without, if there are."""
+
+  def of(local):
+    window = c.window if local else None
+    own = layers.attention_mask(slots, num_slots, causal=c.causal, window=window)
+    return own if mask is None else own & mask
+
+  return {local: of(local) for local in sorted(set(c.local_layers))}
+
+
+def _run_layers(run_layer, local_layers, masks, params, x, cache, key):
+  """Applies the layers in order: a scan where their params are stacked and there is no cache.
+
+  Where some layers have a window and some have none, which is data of the scan.
+  """
+  keys = None if key is None else jax.random.split(key, len(local_layers))
   if cache is None and isinstance(params["layers"], dict):
+    alike = len(masks) == 1
+    local = None if alike else jnp.asarray(local_layers)
 
     def body(x, layer):
-      layer_params, layer_key = layer
-      return run_layer(x, layer_params, None, layer_key)[0], None
+      layer_params, layer_local, layer_key = layer
+      mask = masks[local_layers[0]] if alike else jnp.where(layer_local, masks[True], masks[False])
+      return run_layer(x, layer_params, mask, None, layer_key)[0], None
 
-    return jax.lax.scan(body, x, (params["layers"], keys))[0], None
+    return jax.lax.scan(body, x, (params["layers"], local, keys))[0], None
   written = []
   for i, layer in enumerate(unstack(params)["layers"]):
     held = None if cache is None else cache.layers[i]
-    x, held = run_layer(x, layer, held, None if keys is None else keys[i])
+    mask, layer_key = masks[local_layers[i]], None if keys is None else keys[i]
+    x, held = run_layer(x, layer, mask, held, layer_key)
     written.append(held)
   return x, None if cache is None else Cache(cache.length + x.shape[1], tuple(written))

@@ -181,7 +181,7 @@ def run_on_eight_devices(path: str, *arguments: str) -> str:
     "JAX_PLATFORMS": "cpu",
     "XLA_FLAGS": "--xla_force_host_platform_device_count=8 --xla_backend_optimization_level=0",
   }
-  command = [sys.executable, "-m", "pytest", "-q", "-x", "-p", "no:cacheprovider", "-p", "no:xdist"]
+  command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "-p", "no:xdist"]
   done = subprocess.run(
     [*command, "-o", "python_functions=eight_*", *arguments, os.path.abspath(path)],
     env=environment,

@@ -45,6 +45,13 @@ def test_query_that_sees_nothing_gets_zero_and_finite_gradients():
   assert np.all(gradients[0][0, :, 1] == 0) and np.any(gradients[0][0, :, 0] != 0)
 
 
+def test_scores_are_scaled_then_bounded():
+  query, keys, values = (random(seed, 1, 1, 3, 4) for seed in range(3))
+  out = layers.attend(query, layers.KeyValues(keys, values), None, scale=3.0, softcap=0.5)
+  scores = 0.5 * np.tanh(3.0 * np.asarray(query)[0, 0] @ np.asarray(keys)[0, 0].T / 0.5)
+  np.testing.assert_allclose(out[0, 0], targets.softmax(scores) @ values[0, 0], atol=1e-6)
+
+
 def test_attend_keeps_low_precision_inputs_but_a_wide_softmax():
   # 512 equal keys: bfloat16 sums of 1 stop at 256, so a narrow softmax would double the mean.
   query = jnp.zeros((1, 1, 1, 4), jnp.bfloat16)
@@ -116,3 +123,38 @@ def test_rms_norm_by_hand():
   params = {"params": {"scale": jnp.array([1.0, 2.0])}}
   out = layers.RMSNorm(epsilon=0.5).apply(params, jnp.array([[[1.0, 2.0]]]))
   np.testing.assert_allclose(out[0, 0], [1 / 3**0.5, 4 / 3**0.5], rtol=1e-6)  # mean square 2.5
+
+
+def test_zero_centred_rms_norm_adds_one_to_the_scale_bitwise():
+  x = random(0, 1, 3, 4)
+  scale = jnp.asarray([2.0**-20, -0.3, 0.7, 0.0])
+  out = layers.RMSNorm(1e-6, zero_centred=True).apply({"params": {"scale": scale}}, x)
+  plain = layers.RMSNorm(1e-6).apply({"params": {"scale": 1 + scale}}, x)
+  np.testing.assert_array_equal(out, plain)
+
+
+def test_layer_norm_by_hand():
+  params = {"params": {"scale": jnp.array([1.0, 2.0]), "bias": jnp.array([0.5, 0.0])}}
+  out = layers.LayerNorm(epsilon=3.0).apply(params, jnp.array([[[4.0, 6.0]]]))
+  np.testing.assert_allclose(out[0, 0], [0.0, 1.0], atol=1e-6)  # (x - 5) / sqrt(1 + 3)
+
+
+def test_layer_norm_of_a_large_mean_keeps_its_digits():
+  params = {"params": {"scale": jnp.ones(4), "bias": jnp.zeros(4)}}
+  x = jnp.array([[1.0, -1.0, 1.0, -1.0]]) + 4096
+  np.testing.assert_allclose(layers.LayerNorm(1e-12).apply(params, x), x - 4096, rtol=1e-6)
+
+
+@pytest.mark.parametrize("gated", [True, False])
+def test_mlp_by_numpy(gated):
+  init = jax.nn.initializers.lecun_normal()
+  mlp = layers.MLP(6, "gelu_tanh", gated, True, init, jnp.dtype("float32"))
+  x = random(0, 2, 3, 4)
+  params = jax.tree.map(lambda leaf: leaf + 0.1, mlp.init(jax.random.key(0), x)["params"])
+  assert set(params) == {"up", "down", *(["gate"] if gated else [])}
+  dense = lambda name, y: y @ np.asarray(params[name]["kernel"]) + np.asarray(params[name]["bias"])
+  gelu = lambda y: y * (1 + np.tanh((2 / np.pi) ** 0.5 * (y + 0.044715 * y**3))) / 2
+  rows = np.asarray(x)
+  hidden = gelu(dense("gate", rows)) * dense("up", rows) if gated else gelu(dense("up", rows))
+  out = mlp.apply({"params": params}, x)
+  np.testing.assert_allclose(out, dense("down", hidden), atol=1e-5)

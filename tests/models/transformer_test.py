@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 import targets
-from ancestral.models import base, transformer
+from ancestral.models import base, rotary, transformer
 
 pytestmark = pytest.mark.usefixtures("compiles_quickly")
 
@@ -18,6 +18,10 @@ VARIANTS = {
   "multi_query": {"num_kv_heads": 1},
   "wide_heads": {"head_dim": 12},
   "window": {"window": 3},
+  "alternating": {"window": 3, "window_pattern": (True, False), "num_layers": 3},
+  "scaled": {"rotary_scaling": rotary.Linear(factor=3.0), "embedding_scale": 2.0},
+  "post_norms": {"post_norms": True, "zero_centred_norms": True, "attention_softcap": 2.0},
+  "layer_norm": {"norm": "layer", "gated_mlp": False, "activation": "gelu_tanh"},
   "qk_norm": {"qk_norm": True},
   "bias": {"use_bias": True},
   "learned": {"positions": "learned"},
@@ -122,6 +126,17 @@ def test_influence_by_gradients(causal, window):
   np.testing.assert_array_equal(influence(model, params), expected)
 
 
+@pytest.mark.parametrize("window_pattern", [(True, False), (False, True), (False, False)])
+def test_layers_without_the_window_see_everything(window_pattern):
+  model, params = targets.tiny_target(window=3, window_pattern=window_pattern)
+  distance = np.arange(9)[:, None] - np.arange(9)[None, :]
+  np.testing.assert_array_equal(influence(model, params), distance >= 0)
+  model, params = targets.tiny_target(window=3, window_pattern=window_pattern, num_layers=1)
+  reach = 2 if window_pattern[0] else 9
+  expected = (distance >= 0) & (distance <= reach)
+  np.testing.assert_array_equal(influence(model, params), expected)
+
+
 @pytest.mark.parametrize("fields", [{}, {"positions": "learned"}, {"causal": False}])
 def test_packed_documents_equal_the_documents_apart(fields):
   model, params = targets.tiny_target(**fields)
@@ -180,8 +195,11 @@ def test_a_token_outside_the_vocabulary_is_not_another_token():
   assert np.all(np.isnan(model.embed(params, jnp.array([10_000]))))
 
 
-def test_scan_equals_loop_with_gradients():
-  fields = {**VARIANTS["everything"], "dropout": 0.3, "scan_layers": True}
+@pytest.mark.parametrize(
+  "fields", [{}, {"window_pattern": (False, True, True), "num_layers": 4}, {"remat": "full"}]
+)
+def test_scan_equals_loop_with_gradients(fields):
+  fields = {**VARIANTS["everything"], "dropout": 0.3, "scan_layers": True, **fields}
   model, params = targets.tiny_target(**fields)
 
   def loss(params):

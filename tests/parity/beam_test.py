@@ -24,18 +24,12 @@ def peers():
 
 @pytest.mark.peers
 @pytest.mark.parametrize("width, stop", [(2, (2,)), (4, (2,)), (3, (5, 7, 11)), (4, ())])
-def test_beams_equal_transformers(peers, width, stop):
+def test_beams_equal_transformers(peers, width, stop, tmp_path):
   torch, transformers = peers
   model, params = targets.tiny_target()
-  config = transformers.LlamaConfig(
-    **pretrained.llama_config(targets.tiny_config()),
-    bos_token_id=None,
-    eos_token_id=None,
-    pad_token_id=0,
-  )
-  theirs = transformers.LlamaForCausalLM(config)
-  weights = pretrained.llama_state_dict(params)
-  theirs.load_state_dict({name: torch.from_numpy(leaf) for name, leaf in weights.items()})
+  ids = {"pad_token_id": 0}
+  pretrained.write(tmp_path / "model", targets.tiny_config(), params, token_ids=ids)
+  theirs = transformers.LlamaForCausalLM.from_pretrained(tmp_path / "model")
   rows, room = [(3, 1, 4), (9,), (5, 9, 2, 6, 5), (8, 8)], 9
   padded = torch.tensor([[0] * (5 - len(prompt)) + list(prompt) for prompt in rows])
   attended = torch.tensor([[0] * (5 - len(prompt)) + [1] * len(prompt) for prompt in rows])
