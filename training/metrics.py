@@ -1,9 +1,12 @@
 """Metrics: writers of scalars to the console, to a JSONL file and to TensorBoard, composed.
 
+Text and images, for people to look at, go to TensorBoard alone.
+
 In a run of several processes only the first should write: give the others `chain()`.
 """
 
 import datetime
+import io
 import json
 import math
 import os
@@ -14,6 +17,8 @@ import types
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import IO, Any, NamedTuple
 
+import numpy as np
+import PIL.Image
 from absl import logging
 from rich import console as rich_console
 from rich import progress as rich_progress
@@ -27,24 +32,46 @@ class Writer(NamedTuple):
   write: Callable[[int, Scalars], None]  # (step, scalars)
   tick: Callable[[int], None] = lambda step: None  # at the end of every step: progress
   close: Callable[[], None] = lambda: None
+  text: Callable[[int, str, str], None] = lambda step, name, text: None  # (step, name, Markdown)
+  image: Callable[[int, str, np.ndarray], None] = lambda step, name, pixels: None  # uint8 [H, W, C]
 
 
 def chain(*writers: Writer) -> Writer:
   """Every writer in turn; of none, a writer that does nothing."""
 
+  def each(name):
+    def call(*args):
+      for writer in writers:
+        getattr(writer, name)(*args)
+
+    return call
+
+  return Writer(*map(each, Writer._fields))
+
+
+def write_all(writer: Writer, step: int, found: Mapping[str, Any]) -> dict[str, float]:
+  """Writes scalars together, and each text and image by its name; returns the scalars."""
+  scalars = {}
+  for name, value in found.items():
+    if isinstance(value, str):
+      writer.text(step, name, value)
+    elif isinstance(value, np.ndarray):
+      writer.image(step, name, value)
+    else:
+      scalars[name] = value
+  writer.write(step, scalars)
+  return scalars
+
+
+def only(keep: Callable[[str], bool], writer: Writer) -> Writer:
+  """The writer, told of those scalars alone whose names are kept; of none, nothing."""
+
   def write(step, scalars):
-    for writer in writers:
-      writer.write(step, scalars)
+    kept = {name: value for name, value in scalars.items() if keep(name)}
+    if kept:
+      writer.write(step, kept)
 
-  def tick(step):
-    for writer in writers:
-      writer.tick(step)
-
-  def close():
-    for writer in writers:
-      writer.close()
-
-  return Writer(write, tick, close)
+  return writer._replace(write=write)
 
 
 def _to_json(value: Any) -> float | str:
@@ -131,24 +158,43 @@ def tensorboard(directory: str | os.PathLike, *, step: int = 0) -> Writer:
     logging.warning("no TensorBoard files: pip install 'ancestral[tensorboard]' to have them")
     return chain()
   events = event_file_writer.EventFileWriter(os.fspath(directory), flush_secs=10)
+  Event, Value = event_pb2.Event, summary_pb2.Summary.Value
   if step:
     started = event_pb2.SessionLog(status=event_pb2.SessionLog.START)
-    events.add_event(
-      event_pb2.Event(wall_time=time.time(), step=int(step) + 1, session_log=started)
-    )
+    events.add_event(Event(wall_time=time.time(), step=int(step) + 1, session_log=started))
+
+  def add(step, *values):
+    summary = summary_pb2.Summary(value=values)
+    events.add_event(Event(wall_time=time.time(), step=int(step), summary=summary))
 
   def write(step, scalars):
-    values = [
-      summary_pb2.Summary.Value(tag=name, simple_value=float(value))
-      for name, value in scalars.items()
-    ]
-    summary = summary_pb2.Summary(value=values)
-    events.add_event(event_pb2.Event(wall_time=time.time(), step=int(step), summary=summary))
+    add(step, *(Value(tag=name, simple_value=float(value)) for name, value in scalars.items()))
 
-  return Writer(write, close=events.close)
+  def text(step, name, text):
+    metadata = summary_pb2.SummaryMetadata(
+      plugin_data={"plugin_name": "text"}, data_class="DATA_CLASS_TENSOR"
+    )
+    tensor = {"dtype": "DT_STRING", "tensor_shape": {}, "string_val": [text.encode()]}
+    add(step, Value(tag=name, metadata=metadata, tensor=tensor))
+
+  def image(step, name, pixels):
+    height, width, channels = pixels.shape
+    fields = {"height": height, "width": width, "colorspace": channels}
+    add(step, Value(tag=name, image={**fields, "encoded_image_string": _png(pixels)}))
+
+  return Writer(write, close=events.close, text=text, image=image)
 
 
-CONSOLE = ("loss", "accuracy", "reward", "pass@1", "held_out_loss")
+def _png(pixels: np.ndarray) -> bytes:
+  """An image [H, W, C], C of 1, 3 or 4, as PNG."""
+  if pixels.dtype != np.uint8 or pixels.ndim != 3 or pixels.shape[-1] not in (1, 3, 4):
+    raise ValueError(f"an image is uint8 [H, W, 1, 3 or 4], not {pixels.dtype} {pixels.shape}")
+  file = io.BytesIO()
+  PIL.Image.fromarray(pixels[..., 0] if pixels.shape[-1] == 1 else pixels).save(file, "PNG")
+  return file.getvalue()
+
+
+CONSOLE = ("loss", "accuracy", "reward", "pass@1", "held_out_loss", "speed/mfu")
 """What people are shown while they wait; files get everything."""
 
 
@@ -170,7 +216,8 @@ def _status(speed: _Speed, remaining: int, scalars: Scalars) -> str:
   if speed.rate > 0:
     left = datetime.timedelta(seconds=round(remaining / speed.rate))
     parts = [f"{speed.rate:.3g} steps/s", f"ETA {left}"]
-  shown = (f"{name} {scalars[name]:.4g}" for name in CONSOLE if name in scalars)
+  last = lambda name: name.rpartition("/")[2]
+  shown = (f"{last(name)} {scalars[name]:.4g}" for name in CONSOLE if name in scalars)
   return "  ".join([*parts, *shown])
 
 

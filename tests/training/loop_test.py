@@ -7,7 +7,7 @@ import signal
 import jax.numpy as jnp
 import pytest
 
-from ancestral.training import loop, state
+from ancestral.training import guard, loop, state
 
 
 def start(step=0):
@@ -27,7 +27,9 @@ class Record(list):
       effect()
 
 
-def run(record, num_steps, first=0, write=1000, evaluate=1000, save=1000, losses=None):
+def run(
+  record, num_steps, first=0, write=1000, evaluate=1000, save=1000, losses=None, judge=guard.finite
+):
   """Fits a step that only counts; the loss of the step to n is losses.get(n, n)."""
   losses = losses or {}
 
@@ -46,6 +48,7 @@ def run(record, num_steps, first=0, write=1000, evaluate=1000, save=1000, losses
     evaluate=loop.Every(evaluate, lambda done, held: record.note("evaluate", done, int(held.step))),
     save=loop.Every(save, lambda done, held: record.note("save", done, int(held.step))),
     progress=lambda done: record.note("progress", done),
+    judge=judge,
   )
 
 
@@ -189,3 +192,42 @@ def test_nor_is_it_saved_by_a_signal(handlers):
   with pytest.raises(FloatingPointError):
     run(record, 9, losses={2: float("nan")})
   assert record[-1] == ("progress", 2)
+
+
+def test_every_step_is_judged_once_in_order_when_the_next_is_dispatched():
+  record = Record()
+
+  run(record, 5, write=3, judge=lambda scalars: record.append(("judge", scalars)))
+  assert [event for event in record if event[0] in ("step", "judge", "write")] == [
+    ("step", "batch 1"),
+    ("step", "batch 2"),
+    ("judge", {"loss": 1.0}),
+    ("step", "batch 3"),
+    ("judge", {"loss": 2.0}),
+    ("judge", metrics(3)),  # all of them, before they are written
+    ("write", 3, metrics(3)),
+    ("step", "batch 4"),
+    ("step", "batch 5"),
+    ("judge", {"loss": 4.0}),
+    ("judge", metrics(5)),
+    ("write", 5, metrics(5)),
+  ]
+
+
+@pytest.mark.parametrize("bad", range(1, 7))
+@pytest.mark.parametrize("period", [1, 2, 3, 1000])
+def test_a_bad_step_ends_the_run_with_its_own_batch_and_saves_nothing_of_it(bad, period):
+  record = Record()
+  losses = dict.fromkeys(range(bad, 9), float("nan"))  # as do the steps after it
+  with pytest.raises(loop.Diverged, match=f"loss is nan at step {bad},") as error:
+    run(record, 6, write=period, save=period, losses=losses)
+  assert error.value.step == bad and error.value.batch == f"batch {bad}"
+  assert str(error.value.metrics) == str({"loss": float("nan"), "weight": 2.0})
+  assert max((event[1] for event in record if event[0] in ("write", "save")), default=0) < bad
+  assert [event for event in record if event[0] == "step"][bad + 1 :] == []  # found one late
+
+
+def test_what_the_judge_says_is_what_the_error_says():
+  judge = lambda scalars: "loss is too good" if scalars["loss"] == 4 else None
+  with pytest.raises(FloatingPointError, match="The loss is too good at step 4, and nothing"):
+    run(Record(), 9, judge=judge)

@@ -7,6 +7,8 @@ import os
 import subprocess
 import sys
 
+import numpy as np
+import PIL.Image
 import pytest
 from absl import logging as absl_logging
 
@@ -26,6 +28,31 @@ def test_chain_passes_everything_in_order():
   writer.close()
   assert seen == [("a", 3, {"x": 1.0}), ("b", 3, {"x": 1.0}), ("a", 4), ("b", 4), "a", "b"]
   metrics.chain().write(1, {})
+
+
+def test_text_and_images_pass_through_a_chain_to_those_that_take_them():
+  seen = []
+  takes = metrics.Writer(
+    lambda step, scalars: None,
+    text=lambda *args: seen.append(args),
+    image=lambda step, name, pixels: seen.append((step, name, pixels.shape)),
+  )
+  writer = metrics.chain(metrics.Writer(lambda step, scalars: None), takes)
+  writer.text(2, "samples", "1 + 1 = 2")
+  writer.image(2, "grid", np.zeros((4, 6, 3), np.uint8))
+  assert seen == [(2, "samples", "1 + 1 = 2"), (2, "grid", (4, 6, 3))]
+
+
+def test_only_passes_what_is_kept():
+  seen = []
+  note = metrics.Writer(
+    lambda step, scalars: seen.append((step, scalars)), close=lambda: seen.append("closed")
+  )
+  writer = metrics.only(lambda name: name.startswith("speed/"), note)
+  writer.write(1, {"loss": 1.0, "speed/mfu": 0.5})
+  writer.write(2, {"loss": 1.0})
+  writer.close()
+  assert seen == [(1, {"speed/mfu": 0.5}), "closed"]
 
 
 def strict(text):
@@ -90,6 +117,12 @@ def test_console_off_a_terminal_writes_few_lines():
   assert len(lines) == 7
 
 
+def test_console_shows_the_last_part_of_a_name():
+  out = io.StringIO()
+  metrics.console(3, file=out).write(1, {"loss": 2.0, "speed/mfu": 0.41, "speed/data_wait": 0.2})
+  assert out.getvalue() == "step 1/3  loss 2  mfu 0.41\n"
+
+
 class Terminal(io.StringIO):
   def isatty(self):
     return True
@@ -142,6 +175,45 @@ def test_tensorboard_files_are_read_by_tensorboard_without_tensorflow(tmp_path):
   expected = [1.0, 0.5, 1 / 3, 0.25, 0.2, -6.0]
   assert [v for _, v in found] == pytest.approx(expected, rel=1e-6)  # stored as float32
   assert tags == "['eval/accuracy', 'loss']" and tensorflow == "[]"
+
+
+def read_by_tensorboard(directory):
+  """As TensorBoard's own plugins find it."""
+  metrics._tensorboard_modules()
+  from tensorboard.backend.event_processing import plugin_event_accumulator
+
+  return plugin_event_accumulator.EventAccumulator(str(directory)).Reload()
+
+
+@pytest.mark.parametrize("shape, mode", [((4, 6, 3), "RGB"), ((5, 2, 1), "L"), ((3, 3, 4), "RGBA")])
+def test_text_and_images_are_read_back_from_tensorboards_files(tmp_path, shape, mode):
+  pytest.importorskip("tensorboard")
+  pixels = np.random.default_rng(0).integers(0, 256, shape).astype(np.uint8)
+  writer = metrics.tensorboard(tmp_path)
+  writer.text(3, "samples", "2 → **6**")
+  writer.text(7, "samples", "")
+  writer.image(7, "grid", pixels)
+  writer.close()
+  events = read_by_tensorboard(tmp_path)
+  assert set(events.PluginTagToContent("text")) == {"samples"}
+  found = [(e.step, e.tensor_proto.string_val[0].decode()) for e in events.Tensors("samples")]
+  assert found == [(3, "2 → **6**"), (7, "")]
+  assert set(events.PluginTagToContent("images")) == {"grid"}
+  (event,) = events.Tensors("grid")
+  width, height, png = event.tensor_proto.string_val
+  assert (event.step, int(width), int(height)) == (7, shape[1], shape[0])
+  image = PIL.Image.open(io.BytesIO(png))
+  assert image.mode == mode
+  np.testing.assert_array_equal(np.asarray(image).reshape(shape), pixels)
+
+
+@pytest.mark.parametrize("pixels", [np.zeros((4, 4, 3)), np.zeros((4, 4, 2), np.uint8)])
+def test_what_is_not_an_image_is_refused(tmp_path, pixels):
+  pytest.importorskip("tensorboard")
+  writer = metrics.tensorboard(tmp_path)
+  with pytest.raises(ValueError, match="an image is uint8"):
+    writer.image(1, "grid", pixels)
+  writer.close()
 
 
 def test_without_tensorboard_one_line_says_so(tmp_path, monkeypatch):
