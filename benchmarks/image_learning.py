@@ -24,6 +24,7 @@ from ancestral.configs import image_learning as configs
 from ancestral.launch import experiment as experiment_lib
 from ancestral.launch import flags as launch_flags
 from ancestral.launch import image_learning, images, solving
+from ancestral.models import partition
 from ancestral.training import data
 
 _RUN = flags.DEFINE_string("run", None, "Workdir of `launch.train --seeds` to start from.")
@@ -69,12 +70,13 @@ def learned(experiment: images.Experiment) -> images.models.Params:
   """Parameters after all rounds."""
   config = experiment.config
   init_key, key = jax.random.split(jax.random.key(config.seed))
-  state = experiment_lib.first_state(experiment, init_key)
+  abstract = experiment_lib.abstract_state(experiment, partition.make_mesh())
+  state = experiment_lib.first_state(experiment, init_key, abstract)
   start = lambda: experiment_lib.start_params(config)
   batches = data.batches(
     experiment.source, experiment.rows, batch_size=config.train.batch_size, seed=config.seed
   )
-  with image_learning.stepping(experiment, pathlib.Path(), 0, start) as step:
+  with image_learning.stepping(experiment, abstract, pathlib.Path(), 0, start) as step:
     for _ in range(config.train.num_steps):
       state, _ = step(key, state, next(batches))
   batches.close()

@@ -13,6 +13,8 @@ Variants, as in `--config=configs/arithmetic.py:small`:
 import ml_collections
 from ml_collections import config_dict
 
+from ancestral.launch import fields
+
 VARIANTS = {
   "tiny": {
     "num_layers": 4,
@@ -79,6 +81,7 @@ def get_config(variant: str = "tiny") -> ml_collections.ConfigDict:
         "positions": "learned",  # rotary takes about twice the steps on sums; none
         "dropout": v["dropout"],
         "dtype": "float32",
+        "remat": "none",  # or full, products: made again backward, for less memory
       },
       "optimizer": {
         "name": v["optimizer"],  # muon or adamw
@@ -89,6 +92,7 @@ def get_config(variant: str = "tiny") -> ml_collections.ConfigDict:
         "clip_norm": 1.0,
       },
       "loss": {"z_loss": 0.0, "chunk": 256},
+      "mesh": fields.mesh(),
       "train": {
         "num_steps": v["num_steps"],
         "batch_size": 256,
@@ -98,6 +102,7 @@ def get_config(variant: str = "tiny") -> ml_collections.ConfigDict:
         "evaluate_every": 50,
         "save_every": 100,
         "keep": 2,
+        "spike_factor": config_dict.placeholder(float),  # a leap of the loss stops nothing
       },
       "evaluation": {
         "num_problems": 100,  # of each level, held out

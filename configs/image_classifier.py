@@ -8,6 +8,9 @@ Variants, as in `--config=configs/image_classifier.py:fashion`:
 """
 
 import ml_collections
+from ml_collections import config_dict
+
+from ancestral.launch import fields
 
 VARIANTS = {
   "digits": {"source": "digits", "test_percent": 10},
@@ -35,6 +38,7 @@ def get_config(variant: str = "digits") -> ml_collections.ConfigDict:
         "weight_decay": 0.1,
         "clip_norm": 1.0,
       },
+      "mesh": fields.mesh(),
       "train": {
         "num_steps": 400,
         "batch_size": 128,
@@ -44,6 +48,7 @@ def get_config(variant: str = "digits") -> ml_collections.ConfigDict:
         "evaluate_every": 200,
         "save_every": 400,
         "keep": 1,
+        "spike_factor": config_dict.placeholder(float),  # a leap of the loss stops nothing
       },
       "evaluation": {"batch_size": 128},
     }

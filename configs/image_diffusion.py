@@ -17,6 +17,9 @@ Variants, as in `--config=configs/image_diffusion.py:digits_unet`:
 """
 
 import ml_collections
+from ml_collections import config_dict
+
+from ancestral.launch import fields
 
 DIGITS = {"source": "digits", "test_percent": 10}
 FASHION = {"source": "fashion_mnist", "folder": ""}
@@ -98,6 +101,7 @@ def get_config(variant: str = "digits") -> ml_collections.ConfigDict:
         "weight_decay": 0.0,
         "clip_norm": 1.0,
       },
+      "mesh": fields.mesh(),
       "train": {
         "num_steps": num_steps,
         "batch_size": batch_size,
@@ -109,6 +113,7 @@ def get_config(variant: str = "digits") -> ml_collections.ConfigDict:
         "evaluate_every": max(num_steps // 10, 1),
         "save_every": max(num_steps // 10, 1),
         "keep": 10,
+        "spike_factor": config_dict.placeholder(float),  # a leap of the loss stops nothing
       },
       "evaluation": {
         "num_batches": 4,

@@ -19,6 +19,8 @@ Variants:
 import ml_collections
 from ml_collections import config_dict
 
+from ancestral.launch import fields
+
 METHODS = {
   # real: training images beside what is imitated, for each class asked for
   "raft": {"name": "best", "keep": 1, "real": 0},
@@ -69,6 +71,7 @@ def get_config(variant: str = "raft") -> ml_collections.ConfigDict:
         "weight_decay": 0.0,
         "clip_norm": 1.0,
       },
+      "mesh": fields.mesh(),
       "train": {
         "num_steps": 40,  # rounds
         "batch_size": 32,  # classes asked for in a round, a group of images each
@@ -80,6 +83,7 @@ def get_config(variant: str = "raft") -> ml_collections.ConfigDict:
         "evaluate_every": 10,
         "save_every": 10,
         "keep": 2,
+        "spike_factor": config_dict.placeholder(float),  # a leap of the loss stops nothing
       },
       "evaluation": {
         "num_batches": 4,

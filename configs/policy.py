@@ -24,7 +24,7 @@ Variants:
 import ml_collections
 from ml_collections import config_dict
 
-from ancestral.launch import methods
+from ancestral.launch import fields, methods
 
 _POLICY = {
   "name": "policy",
@@ -103,6 +103,7 @@ def learning(method: dict) -> ml_collections.ConfigDict:
         "weight_decay": 0.0,
         "clip_norm": 1.0,
       },
+      "mesh": fields.mesh(),
       "train": {
         "num_steps": 40,  # rounds
         "batch_size": 32,  # problems of a round
@@ -114,6 +115,7 @@ def learning(method: dict) -> ml_collections.ConfigDict:
         "evaluate_every": 10,
         "save_every": 10,
         "keep": 2,
+        "spike_factor": config_dict.placeholder(float),  # a leap of the loss stops nothing
       },
       "evaluation": {
         "num_problems": 100,

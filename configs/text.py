@@ -16,6 +16,8 @@ import sysconfig
 import ml_collections
 from ml_collections import config_dict
 
+from ancestral.launch import fields
+
 DATA = {
   "folder": {
     "source": "text",
@@ -59,6 +61,7 @@ def get_config(variant: str = "folder") -> ml_collections.ConfigDict:
         "positions": "rotary",  # or learned, none
         "dropout": 0.0,
         "dtype": "float32",
+        "remat": "none",  # or full, products: made again backward, for less memory
       },
       "optimizer": {
         "name": "muon",  # or adamw
@@ -69,6 +72,7 @@ def get_config(variant: str = "folder") -> ml_collections.ConfigDict:
         "clip_norm": 1.0,
       },
       "loss": {"z_loss": 0.0, "chunk": 256},
+      "mesh": fields.mesh(),
       "train": {
         "num_steps": 300,
         "batch_size": 32,
@@ -78,6 +82,7 @@ def get_config(variant: str = "folder") -> ml_collections.ConfigDict:
         "evaluate_every": 100,
         "save_every": 100,
         "keep": 2,
+        "spike_factor": config_dict.placeholder(float),  # a leap of the loss stops nothing
       },
       "evaluation": {
         "num_batches": 8,

@@ -8,7 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from ..sampling import base as sampling
-from ..sampling import decode
+from ..sampling import decode, sharded
 from ..tasks import base as tasks
 from ..tasks import tokenizer as tokenizers
 from ..tasks import workers
@@ -70,7 +70,7 @@ def respond(
     drawn.append(sample(keys, rows))  # all are dispatched before the first is waited for
   responses = [
     response(tokenizer, tokens[prompt_length:length].tolist(), float(log_prob.sum()))
-    for samples in map(jax.device_get, drawn)
+    for samples in map(sharded.to_host, drawn)
     for tokens, length, prompt_length, log_prob, _ in zip(*samples, strict=True)
   ]
   return [responses[i * num_samples : (i + 1) * num_samples] for i in range(len(texts))]

@@ -15,6 +15,8 @@ import optax
 
 from ..models import base as models
 from ..models import classifier as classifier_lib
+from ..models import partition
+from ..sampling import sharded
 from ..training import classification, data, step
 from ..training import state as state_lib
 from . import fields, pixels, supervised
@@ -77,7 +79,7 @@ def features(
   """(features [N, F], classes found [N]) of images x [N, H, W, C], `chunk` at a time."""
   apply = jax.jit(classifier.apply)
   padded = np.concatenate([x, np.zeros((-len(x) % chunk, *x.shape[1:]), x.dtype)])
-  found = [apply(params, part) for part in np.split(padded, len(padded) // chunk)]
+  found = [sharded.to_host(apply(params, part)) for part in np.split(padded, len(padded) // chunk)]
   vectors, logits = (np.concatenate(parts)[: len(x)] for parts in zip(*found, strict=True))
   return vectors, np.argmax(logits, axis=-1)
 
@@ -97,7 +99,13 @@ def name(params: models.Params) -> str:
   return digest.hexdigest()[:8]
 
 
-stepping = supervised.stepping
+stepping, share, flops = supervised.stepping, supervised.share, supervised.flops
+
+
+def rules(experiment: Experiment) -> tuple[partition.Rule, ...]:
+  """How its parameters are split over devices."""
+  del experiment
+  return partition.rules()
 
 
 def finished(params: models.Params) -> models.Params:

@@ -12,12 +12,13 @@ import pathlib
 from collections.abc import Sequence
 from typing import Any
 
+import jax
 import rich.console
 
 from . import answers, distances, flags, preferences
 from . import experiment as experiment_lib
 
-READS = (flags.CONFIG, flags.WORKDIR, flags.LAST, flags.STEP, flags.BEST, flags.AVERAGE_STD)
+READS = flags.CHECKPOINT
 # Each has FLAGS, those that it reads, and evaluate(experiment, params, workdir, console), which
 # prints, and returns JSON.
 KINDS = {
@@ -44,7 +45,8 @@ def main(_: Sequence[str]) -> None:
     kind = experiment_lib.kind_of(experiment.config, KINDS)
     flags.refuse_others([flag for kind in KINDS.values() for flag in kind.FLAGS], kind.FLAGS)
   console = rich.console.Console(highlight=False)
-  result = kind.evaluate(experiment, params, wanted["workdir"], console)
+  with jax.set_mesh(wanted["mesh"]):
+    result = kind.evaluate(experiment, params, wanted["workdir"], console)
   path = write(wanted["workdir"], {"step": step, **result})
   console.print(f"Step {step}; written to {path}", markup=False, soft_wrap=True)
 

@@ -1,6 +1,7 @@
 """Experiments of every kind: what training reads of them, and their trained parameters."""
 
 import contextlib
+import functools
 import pathlib
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Protocol
@@ -8,8 +9,10 @@ from typing import Any, Protocol
 import jax
 import jax.numpy as jnp
 import optax
+from jax.sharding import Mesh
 
-from ..training import averaging, checkpoint, data, step
+from ..models import partition
+from ..training import averaging, checkpoint, data, sharding, step
 from ..training import state as state_lib
 from . import classifiers, fields, image_learning, images, language, learning, preferences, workdirs
 
@@ -28,7 +31,8 @@ class Experiment(Protocol):
     averaging: of the parameters.
     init_params: (key) -> params, untrained: their shapes, wherever training begins.
     score: (params, as the kind's `finished` leaves them) -> what is measured now and then while
-      training, by name; by `workdirs.quality` the best checkpoint is found.
+      training, by name; by `workdirs.quality` the best checkpoint is found. Samples to look at are
+      beside the numbers: texts in Markdown, images as uint8 [H, W, C].
   """
 
   config: fields.Config
@@ -40,7 +44,7 @@ class Experiment(Protocol):
   optimizer: optax.GradientTransformation
   averaging: state_lib.Averaging
   init_params: Callable[[jax.Array], state_lib.Params]
-  score: Callable[[state_lib.Params], dict[str, float]]
+  score: Callable[[state_lib.Params], dict[str, Any]]
 
 
 class Kind(Protocol):
@@ -55,6 +59,7 @@ class Kind(Protocol):
   def stepping(
     self,
     experiment: Experiment,
+    abstract: state_lib.TrainState,
     workdir: pathlib.Path,
     done: int,
     start: Callable[[], state_lib.Params],
@@ -63,10 +68,21 @@ class Kind(Protocol):
 
     Args:
       experiment: of this kind.
+      abstract: shapes of its state that say where its arrays are.
       workdir: of the run, for what it writes beside metrics.
       done: the step that it goes on from.
       start: reads the parameters that `config.start` names.
     """
+
+  # (experiment, abstract state, shares, batch) -> FLOPs of a step, of which the batch is one of the
+  # shares; None where a step is not one program. What is made again backward does not count.
+  flops: Callable[[Experiment, state_lib.TrainState, int, Any], int] | None
+
+  def share(self, config: fields.Config, mesh: Mesh) -> tuple[int, int]:
+    """(index, count): the part of a batch that this process reads; ValueError if it has none."""
+
+  def rules(self, experiment: Experiment) -> Sequence[partition.Rule]:
+    """How its parameters are split over devices."""
 
   def finished(self, params: state_lib.Params) -> state_lib.Params:
     """Trained parameters, laid out for use."""
@@ -80,6 +96,9 @@ KINDS: Mapping[str, Kind] = {
   "image_learning": image_learning,
   "preferences": preferences,
 }
+
+
+HOW = ("mesh", "model.remat")  # fields that say how something is computed, not what
 
 
 def kind_of(config: fields.Config, kinds: Mapping[str, Any] = KINDS) -> Any:
@@ -101,31 +120,51 @@ def build(config: fields.Config) -> Experiment:
 
 
 def init_state(experiment: Experiment, key: jax.Array) -> state_lib.TrainState:
-  """An untrained state: what a checkpoint of the experiment has the shapes of."""
+  """An untrained state."""
   return state_lib.init(key, experiment.init_params, experiment.optimizer, experiment.averaging)
 
 
-def first_state(experiment: Experiment, key: jax.Array) -> state_lib.TrainState:
+def abstract_state(experiment: Experiment, mesh: Mesh) -> state_lib.TrainState:
+  """The shapes of the experiment's state, that say where on the mesh its arrays are."""
+  return sharding.of_state(
+    jax.eval_shape(functools.partial(init_state, experiment), jax.random.key(0)),
+    mesh,
+    kind_of(experiment.config).rules(experiment),
+    over_data=bool(experiment.config.get("mesh") and experiment.config.mesh.optimizer_over_data),
+  )
+
+
+def first_state(
+  experiment: Experiment, key: jax.Array, abstract: state_lib.TrainState
+) -> state_lib.TrainState:
   """The state that training begins with: from the run that `config.start` names, or untrained.
+
+  Args:
+    experiment: whose state.
+    key: of untrained parameters.
+    abstract: see `abstract_state`; each device makes its own part of the arrays.
 
   Raises:
     FileNotFoundError, ValueError: there is no such run, or it is of another model.
   """
-  c = experiment.config
-  params = start_params(c) if c.get("start") else jax.jit(experiment.init_params)(key)
-  shapes = jax.eval_shape(experiment.init_params, key)
-  if jax.tree.map(jnp.shape, params) != jax.tree.map(jnp.shape, shapes):
+  c, placed = experiment.config, sharding.shardings(abstract)
+  if not c.get("start"):
+    return jax.jit(functools.partial(init_state, experiment), out_shardings=placed)(key)
+  params = start_params(c, sharding.mesh_of(abstract))
+  if jax.tree.map(jnp.shape, params) != jax.tree.map(jnp.shape, abstract.params):
     raise ValueError(f"config.start.workdir={c.start.workdir!r} is of a model of other shapes.")
-  return state_lib.init(key, lambda key: params, experiment.optimizer, experiment.averaging)
+  begin = lambda params: init_state(experiment._replace(init_params=lambda key: params), key)
+  return jax.jit(begin, out_shardings=placed, donate_argnums=0)(params)
 
 
-def start_params(config: fields.Config) -> state_lib.Params:
-  """The parameters of the run that `config.start` names, as they are trained.
+def start_params(config: fields.Config, mesh: Mesh | None = None) -> state_lib.Params:
+  """The parameters of the run that `config.start` names, as they are trained, on the mesh.
 
   Raises:
     FileNotFoundError, ValueError: there is no such run, or it is corrupt.
   """
-  return _restored(None, config.start.workdir, step=config.start.step, best=config.start.best)[1]
+  c = config.start
+  return _restored(None, c.workdir, mesh=mesh, step=c.step, best=c.best)[1]
 
 
 def restore_params(
@@ -136,6 +175,7 @@ def restore_params(
   step: int | None = None,
   best: bool = False,
   average_std: float | None = None,
+  mesh: Mesh | None = None,
 ) -> tuple[Experiment, state_lib.Params, int]:
   """The experiment, its trained parameters laid out for use, and the step they are from.
 
@@ -147,6 +187,7 @@ def restore_params(
     best: the checkpoint of the best evaluation instead.
     average_std: the average of this relative length, of all checkpoints up to `step`; see
       `averaging.posthoc_weights`.
+    mesh: where the parameters go, by the rules of their kind; None is all devices, along "data".
 
   Raises:
     FileNotFoundError: the workdir has no such checkpoint.
@@ -154,12 +195,12 @@ def restore_params(
       average_std, together; an average of a run that kept none of this kind.
   """
   experiment, params, step = _restored(
-    config, workdir, last=last, step=step, best=best, average_std=average_std
+    config, workdir, last=last, step=step, best=best, average_std=average_std, mesh=mesh
   )
   return experiment, kind_of(experiment.config).finished(params), step
 
 
-def _restored(config, workdir, *, last=False, step=None, best=False, average_std=None):
+def _restored(config, workdir, *, last=False, step=None, best=False, average_std=None, mesh=None):
   """The same as `restore_params`, as they are trained."""
   if best and step is not None:
     raise ValueError(f"--best and --step={step} may be two checkpoints: give one of them.")
@@ -172,9 +213,13 @@ def _restored(config, workdir, *, last=False, step=None, best=False, average_std
   kind = kind_of(saved)
   experiment = kind.build(saved if config is None else config)
   checkpoint.check_config(
-    fields.to_json(saved), fields.to_json(experiment.config), ignore=kind.FREE_TO_EVALUATE
+    fields.to_json(saved),
+    fields.to_json(experiment.config),
+    ignore=(*kind.FREE_TO_EVALUATE, *HOW),
   )
-  abstract = jax.eval_shape(experiment.init_params, jax.random.key(0))
+  shapes = jax.eval_shape(experiment.init_params, jax.random.key(0))
+  mesh = partition.make_mesh() if mesh is None else mesh
+  abstract = sharding.located(shapes, partition.shardings(shapes, mesh, kind.rules(experiment)))
   with checkpoint.open_manager(workdirs.checkpoints(workdir), create=False) as manager:
     if average_std is not None:
       params, step = _posthoc(manager, abstract, saved, average_std, step)

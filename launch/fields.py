@@ -5,9 +5,12 @@ import pathlib
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+import jax
 import ml_collections
 import optax
+from ml_collections import config_dict
 
+from ..models import partition
 from ..training import averaging, optimizer
 from ..training import state as state_lib
 
@@ -94,6 +97,34 @@ def optimizer_of(config: Config) -> tuple[optax.Schedule, optax.GradientTransfor
   )
   make = choose("optimizer.name", c.name, OPTIMIZERS)
   return schedule, make(schedule, weight_decay=c.weight_decay, clip_norm=c.clip_norm)
+
+
+def mesh() -> dict[str, Any]:
+  """The section `mesh` of a configuration: devices along each axis of `models.partition`.
+
+  As many rows, parameters and positions are apart; see docs/scale.md. A run may be resumed on
+  another mesh.
+  """
+  return {
+    "data": config_dict.placeholder(int),  # all devices that the others leave
+    "fsdp": 1,
+    "sequence": 1,
+    "tensor": 1,
+    "optimizer_over_data": False,  # where parameters are copied, what the optimiser keeps is not
+  }
+
+
+def mesh_of(config: Config) -> jax.sharding.Mesh:
+  """The mesh of `config.mesh`; without it, all devices along "data".
+
+  Raises:
+    ValueError: it does not fill the devices.
+  """
+  c = config.get("mesh") or Config(mesh())
+  sizes = {axis: c[axis] for axis in partition.AXES}
+  for axis, size in sizes.items():
+    require(size is None or size >= 1, f"mesh.{axis} is {size}; it is at least 1")
+  return partition.make_mesh(**sizes)
 
 
 def averaging_of(config: Config) -> state_lib.Averaging:

@@ -6,9 +6,12 @@ import sys
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any
 
+import jax
 import ml_collections
 from absl import app, flags, logging
 from ml_collections import config_flags
+
+from ..models import partition
 
 app.define_help_flags()  # app.run defines them only after `parse` has read the command line
 
@@ -31,7 +34,17 @@ AVERAGE_STD = flags.DEFINE_float(
   "Average of the parameters over this share of training, of those that the run can make: see "
   "train.average_stds.",
 )
+MESH = flags.DEFINE_string(
+  "mesh", None, "Devices along the axes of models.partition, such as fsdp=4,tensor=2; all by rows."
+)
 BEST = flags.DEFINE_bool("best", False, "Take the checkpoint that evaluated best in training.")
+
+
+PROFILE = flags.DEFINE_bool(
+  "profile", False, "Write a trace of four steps to WORKDIR/profile, for xprof or Perfetto."
+)
+COMMON = (CONFIG, WORKDIR, SEEDS, SWEEP, LAST, STEP, AVERAGE_STD, BEST, MESH, PROFILE)
+CHECKPOINT = (CONFIG, WORKDIR, LAST, STEP, AVERAGE_STD, BEST, MESH)  # what `checkpoint` reads
 
 
 def run(main: Callable[[list[str]], None], reads: Sequence[flags.FlagHolder]) -> None:
@@ -58,7 +71,7 @@ def parse(argv: list[str], reads: Sequence[flags.FlagHolder]) -> list[str]:
       raise
     if remaining[1:]:
       raise ValueError(f"{remaining[1]!r} is not a flag: flags are written --name=value.")
-    refuse_others((CONFIG, WORKDIR, SEEDS, SWEEP, LAST, STEP, BEST, AVERAGE_STD), reads)
+    refuse_others(COMMON, reads)
   return remaining
 
 
@@ -129,7 +142,26 @@ def checkpoint() -> dict[str, Any]:
     "step": STEP.value,
     "best": BEST.value,
     "average_std": AVERAGE_STD.value,
+    "mesh": mesh(),
   }
+
+
+def mesh() -> jax.sharding.Mesh:
+  """The mesh of --mesh, all devices along "data" without it.
+
+  Raises:
+    ValueError: it is no mesh, or does not fill the devices.
+  """
+  sizes = {}
+  for entry in (MESH.value or "").split(",") if MESH.value else ():
+    axis, _, size = entry.partition("=")
+    if axis not in partition.AXES or axis in sizes or not size.isdecimal():
+      raise ValueError(
+        f"--mesh={MESH.value} is no list of axis=devices: an axis is one of "
+        f"{', '.join(partition.AXES)}."
+      )
+    sizes[axis] = int(size)
+  return partition.make_mesh(**sizes)
 
 
 def runs() -> list[tuple[str, ml_collections.ConfigDict]]:

@@ -26,7 +26,12 @@ def mean_loss(experiment: Any) -> Callable[[Any], float]:
 
   def loss(params):
     batches = data.batches(
-      experiment.held_out, experiment.rows, batch_size=c.batch_size, shuffle=False
+      experiment.held_out,
+      experiment.rows,
+      batch_size=c.batch_size,
+      shuffle=False,
+      process_index=0,  # every process has the whole batch
+      process_count=1,
     )
     pairs = [sums(params, batch) for batch in itertools.islice(batches, c.num_batches)]
     total, weight = np.sum(jax.device_get(pairs), axis=0)

@@ -18,8 +18,9 @@ import numpy as np
 from ..configs import image_classifier
 from ..evaluation import distances
 from ..models import base as models
-from ..training import data, diffusion_learning, learning, preference, step
-from . import fields, images, solving, workdirs
+from ..training import data, diffusion_learning, learning, preference, sharding, step
+from ..training import state as state_lib
+from . import fields, images, solving, supervised, workdirs
 
 # What evaluation may change: as of any diffusion model, and all that training alone reads.
 FREE_TO_EVALUATE = (
@@ -28,7 +29,8 @@ FREE_TO_EVALUATE = (
 )
 FREE_TO_RESUME = ()
 
-finished = images.finished
+finished, rules = images.finished, images.rules
+share, flops = supervised.everything, None
 
 
 class Drawn(NamedTuple):
@@ -291,6 +293,7 @@ def drawing(
 @contextlib.contextmanager
 def stepping(
   experiment: images.Experiment,
+  abstract: state_lib.TrainState,
   workdir: pathlib.Path,
   done: int,
   start: Callable[[], models.Params],
@@ -300,7 +303,9 @@ def stepping(
   c, method = experiment.config, method_of(experiment)
   reference = start() if method.reference else None
 
-  @functools.partial(jax.jit, donate_argnums=1)
+  placed = sharding.shardings(abstract)
+
+  @functools.partial(jax.jit, donate_argnums=1, out_shardings=(placed, None))
   def update(key, state, batch, reference):
     return step.train_step(
       key,

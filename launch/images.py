@@ -10,11 +10,12 @@ import numpy as np
 import optax
 
 from ..models import base as models
-from ..models import dit, embeddings, mlp, precondition, schedules, unet
-from ..sampling import base, guidance, solvers, tables
+from ..models import dit, embeddings, mlp, partition, precondition, schedules, unet
+from ..sampling import base, guidance, sharded, solvers, tables
+from ..tasks import images as image_tasks
 from ..training import data, denoising, step, weightings
 from ..training import state as state_lib
-from . import fields, held_out, pixels, supervised
+from . import fields, held_out, pixels, solving, supervised
 
 
 class Experiment(NamedTuple):
@@ -125,8 +126,26 @@ def build(config: fields.Config) -> Experiment:
     functools.partial(_init, network, c.learned_weighting, examples),
     score=None,
   )
-  loss = held_out.mean_loss(experiment)
-  return experiment._replace(score=lambda params: {"held_out_loss": loss(params)})
+  loss, show = held_out.mean_loss(experiment), _shown(experiment)
+  return experiment._replace(score=lambda params: {"held_out_loss": loss(params), **show(params)})
+
+
+def _shown(experiment: Experiment, num: int = 36) -> Callable[[Any], dict[str, np.ndarray]]:
+  """A function of params: `samples`, a picture of images drawn as the configuration has it."""
+  if experiment.examples.levels is None:  # points
+    return lambda params: {}
+  c = experiment.config.evaluation
+  table = solving.table(experiment.noising, c)
+  sample = sampler(experiment, guidance_scale=c.guidance)
+  labels = np.arange(num, dtype=np.int32) % (experiment.examples.num_classes or 1)
+
+  def show(params):
+    key = jax.random.key(experiment.config.seed)
+    x = draw(sample, params, table, key, labels, chunk=num)
+    pixels = np.asarray(image_tasks.grid(x))
+    return {"samples": pixels if pixels.ndim == 3 else pixels[..., None]}
+
+  return show
 
 
 # Of the learned weighting.
@@ -216,7 +235,13 @@ def tuned(experiment: Experiment, skip_scale: Any) -> denoising.Model:
   return of_network(network, experiment.noising, HEADS[c.head](c.sigma_data), c.sigma_data)
 
 
-stepping = supervised.stepping
+stepping, share, flops = supervised.stepping, supervised.share, supervised.flops
+
+
+def rules(experiment: Experiment) -> tuple[partition.Rule, ...]:
+  """How its parameters are split over devices."""
+  c = experiment.network_config
+  return partition.rules(c.width // c.num_heads if isinstance(c, dit.DiTConfig) else 1)
 
 
 def finished(params: models.Params) -> models.Params:
@@ -303,6 +328,6 @@ def draw(
     rows = np.arange(first, first + chunk)
     keys = base.row_keys(key, jnp.asarray(rows))
     made = sample(params, table, keys, jnp.asarray(labels[np.minimum(rows, num - 1)]))
-    drawn.append(np.asarray(made))
+    drawn.append(sharded.to_host(made))
     on_chunk(min(first + chunk, num))
   return np.concatenate(drawn)[:num]

@@ -2,7 +2,7 @@
 
 import functools
 from collections.abc import Callable
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -10,7 +10,7 @@ import optax
 
 from ..evaluation import attempts
 from ..models import base as models
-from ..models import transformer
+from ..models import partition, transformer
 from ..sampling import decode, logits
 from ..tasks import arithmetic, expressions
 from ..tasks import base as tasks
@@ -36,7 +36,7 @@ class Experiment(NamedTuple):
   optimizer: optax.GradientTransformation
   averaging: state_lib.Averaging
   init_params: Callable[[jax.Array], models.Params]  # of a key
-  score: Callable[[models.Params], dict[str, float]] | None  # `scores`, of the rest
+  score: Callable[[models.Params], dict[str, Any]] | None  # `scores`, of the rest
 
 
 def _arithmetic(operation: Callable, config: fields.Config) -> tasks.Task:
@@ -152,7 +152,20 @@ def build(config: fields.Config) -> Experiment:
   return experiment._replace(score=scores(experiment))
 
 
-stepping = supervised.stepping
+stepping, share = supervised.stepping, supervised.share
+
+
+def flops(experiment: Experiment, abstract: state_lib.TrainState, shares: int, batch: Any) -> int:
+  """See `supervised.flops`; without what is made again backward, as utilisation is counted."""
+  config = experiment.config.copy_and_resolve_references()
+  with config.unlocked():
+    config.model.remat = "none"
+  return supervised.flops(build(config), abstract, shares, batch)
+
+
+def rules(experiment: Experiment) -> tuple[partition.Rule, ...]:
+  """How its parameters are split over devices."""
+  return partition.rules(experiment.model_config.resolved().head_dim)
 
 
 def finished(params: models.Params) -> models.Params:
@@ -255,24 +268,59 @@ def verified(experiment: Experiment, *, num_samples: int):
   return attempt
 
 
-def scores(experiment: Experiment) -> Callable[[models.Params], dict[str, float]]:
+def _shown(made: list[attempts.Attempt], most: int = 12) -> str:
+  """Answers to some of the problems, spread over the levels, as a table in Markdown."""
+  code = lambda text: "`" + text.replace("`", "'").replace("|", "\\|").replace("\n", " ") + "`"
+  some = made[:: -(-len(made) // most)]
+  rows = [
+    f"| {code(a.problem.prompt)} | {code(a.responses[0])} | {a.verdicts[0].reason or 'correct'} |"
+    for a in some
+  ]
+  return "\n".join(["| prompt | answer | verdict |", "|---|---|---|", *rows])
+
+
+def _texts(experiment: Experiment, num: int = 4, most: int = 128) -> Callable[[Any], str]:
+  """A function of params: texts drawn from the model's law, from the beginning, in Markdown."""
+  num_new = min(experiment.config.evaluation.max_new_tokens, most)
+  sample = sampler(experiment, max_new_tokens=num_new)
+
+  def write(params):
+    (responses,) = attempts.respond(
+      functools.partial(sample, params, 1.0),
+      experiment.tokenizer,
+      [""],
+      jax.random.key(experiment.config.seed),
+      num_samples=num,
+      batch_size=num,
+      max_length=experiment.model_config.max_length,
+      max_new_tokens=num_new,
+    )
+    return "\n\n---\n\n".join(
+      "\n".join(f"    {line}" for line in response.text.split("\n")) for response in responses
+    )
+
+  return write
+
+
+def scores(experiment: Experiment) -> Callable[[models.Params], dict[str, Any]]:
   """What is measured now and then while training: a function of the parameters.
 
   For a task, the share of right answers to held-out problems, one sample each, over all and by
-  level; for text, the held-out loss.
+  level, and some of them; for text, the held-out loss, and some texts drawn.
 
   Raises:
     ValueError: the problems or their answers do not fit.
   """
   if experiment.task is None:
-    loss = held_out.mean_loss(experiment)
-    return lambda params: {"held_out_loss": loss(params)}
+    loss, write = held_out.mean_loss(experiment), _texts(experiment)
+    return lambda params: {"held_out_loss": loss(params), "samples": write(params)}
   attempt = verified(experiment, num_samples=1)
 
   def score(params):
     made = attempt(params, jax.random.key(experiment.config.seed))
     rows = attempts.summarise(made)["pass@1"]
     mean = sum(row.mean * row.count for row in rows) / sum(row.count for row in rows)
-    return {"pass@1": mean, **{f"pass@1/level_{row.level}": row.mean for row in rows}}
+    by_level = {f"pass@1/level_{row.level}": row.mean for row in rows}
+    return {"pass@1": mean, **by_level, "samples": _shown(made)}
 
   return score

@@ -19,7 +19,8 @@ from ..models import transformer
 from ..sampling import logits, truncation
 from ..tasks import base as tasks
 from ..tasks import workers
-from ..training import data, learning, rollouts
+from ..training import data, learning, processes, rollouts
+from ..training import state as state_lib
 from . import fields, language, methods, supervised, workdirs
 
 # What evaluation may change: as of a language model, and all that training alone reads.
@@ -40,7 +41,8 @@ FILTERS = {
   "min_p": truncation.min_p,
 }
 
-finished = language.finished
+finished, rules = language.finished, language.rules
+share, flops = supervised.everything, None
 
 
 def complete(config: fields.Config) -> fields.Config:
@@ -197,6 +199,7 @@ def referred(model: models.LanguageModel, reference: models.Params) -> Callable[
 @contextlib.contextmanager
 def stepping(
   experiment: language.Experiment,
+  abstract: state_lib.TrainState,
   workdir: pathlib.Path,
   done: int,
   start: Callable[[], models.Params],
@@ -209,21 +212,23 @@ def stepping(
   if reference is not None and r.reference == "host":
     reference = jax.device_get(reference)
   problems = problems_of(experiment)
-  log = rollouts.jsonl(workdir / "rollouts.jsonl", step=done)
+  log = rollouts.no_log()
+  if jax.process_index() == 0:
+    log = rollouts.jsonl(workdir / "rollouts.jsonl", step=done)
   with (
     contextlib.closing(log),
     workers.workers(
       experiment.task.verify, num_workers=r.num_workers, timeout=r.timeout
     ) as verify_all,
   ):
-    roll_out = sampling(experiment, verify_all)
+    roll_out = sampling(experiment, _agreed(verify_all))
     run = learning.round_step(
       learning.Round(
         (lambda key, params, problems: roll_out(key, reference, problems)) if offline else roll_out,
         REWARDS[r.reward],
         method.select,
         completion(experiment.model, method, reference, r.temperature),
-        supervised.jitted_step(experiment),
+        supervised.jitted_step(experiment, abstract),
         log.write,
       ),
       capacity=capacity(config, method),
@@ -231,6 +236,17 @@ def stepping(
       num_epochs=config.train.num_epochs,
     )
     yield lambda key, state, batch: run(key, state, problems(batch))
+
+
+def _agreed(verify_all: workers.VerifyAll) -> workers.VerifyAll:
+  """The first process's verdicts, on all: a verifier that takes too long may not part them."""
+
+  def verify(pairs):
+    mine = verify_all(pairs) if jax.process_index() == 0 else []
+    verdicts = processes.from_first([verdict._asdict() for verdict in mine])
+    return [tasks.Verification(**verdict) for verdict in verdicts]
+
+  return verify if jax.process_count() > 1 else verify_all
 
 
 def capacity(config: fields.Config, method: methods.Method) -> int:

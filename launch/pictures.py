@@ -20,7 +20,6 @@ import numpy as np
 import rich.console
 import rich.progress
 from absl import flags as absl_flags
-from PIL import Image
 
 from ..sampling import base, solvers, tables
 from ..tasks import images as image_tasks
@@ -33,22 +32,6 @@ _LABELS = absl_flags.DEFINE_list(
 )
 _TRAJECTORY = absl_flags.DEFINE_bool("trajectory", False, "Draw the way of each image too.")
 FLAGS = (_NUM_IMAGES, _LABELS, _TRAJECTORY, draws.SEED, draws.OUTPUT, *solving.FLAGS)
-
-_SIDE = 64  # pixels that an image has in a picture, at least
-
-
-def grid(x: np.ndarray, columns: int | None = None) -> Image.Image:
-  """Images x [N, H, W, C] in [-1, 1], row by row, as one picture; enlarged where they are tiny."""
-  columns = columns or int(np.ceil(np.sqrt(len(x))))
-  height, width, channels = x.shape[1:]
-  rows = -(-len(x) // columns)
-  cells = np.zeros((rows * columns, height + 1, width + 1, channels), np.uint8)
-  cells[: len(x), :height, :width] = image_tasks.to_bytes(x)
-  whole = cells.reshape(rows, columns, height + 1, width + 1, channels).swapaxes(1, 2)
-  whole = whole.reshape(rows * (height + 1), columns * (width + 1), channels)[:-1, :-1]
-  picture = Image.fromarray(whole[..., 0] if channels == 1 else whole[..., :3])
-  times = -(-_SIDE // min(height, width))
-  return picture.resize((picture.width * times, picture.height * times), Image.Resampling.NEAREST)
 
 
 def trajectories(
@@ -103,7 +86,7 @@ def save(path: pathlib.Path, x: np.ndarray, labels: np.ndarray, columns: int | N
   if path.suffix == ".npz":
     np.savez_compressed(path, images=image_tasks.to_bytes(x), labels=labels)
   else:
-    grid(x, columns).save(path)
+    image_tasks.grid(x, columns).save(path)
 
 
 @contextlib.contextmanager

@@ -20,6 +20,7 @@ import rich.console
 from ..models import base as models
 from ..tasks import tokenizer as tokenizers
 from ..training import data, selection, step
+from ..training import state as state_lib
 from . import answers, fields, language, learning, methods, supervised, workdirs
 
 # What evaluation may change: as of a language model, and all that training alone reads.
@@ -27,7 +28,8 @@ FREE_TO_EVALUATE = (*language.FREE_TO_EVALUATE, "start", "method")
 FREE_TO_RESUME = ()
 FLAGS = ()
 
-finished = language.finished
+finished, rules, share = language.finished, language.rules, language.share
+flops = None  # a step is two programs: the reference's, and the update
 
 
 def complete(config: fields.Config) -> fields.Config:
@@ -171,7 +173,7 @@ def scores(
 def _start_params(config: fields.Config) -> models.Params:
   from . import experiment  # which has this kind in its table
 
-  return experiment.start_params(config)
+  return experiment.start_params(config, fields.mesh_of(config))
 
 
 def _completion(experiment, method, start) -> Callable[[Any], Any]:
@@ -182,6 +184,7 @@ def _completion(experiment, method, start) -> Callable[[Any], Any]:
 @contextlib.contextmanager
 def stepping(
   experiment: language.Experiment,
+  abstract: state_lib.TrainState,
   workdir: pathlib.Path,
   done: int,
   start: Callable[[], models.Params],
@@ -189,7 +192,7 @@ def stepping(
   """Within it, the (key, state, batch) -> (state, metrics) of a step."""
   method = methods.comparison(experiment.model, experiment.config.method)
   complete = _completion(experiment, method, start)
-  with supervised.stepping(experiment, workdir, done, start) as update:
+  with supervised.stepping(experiment, abstract, workdir, done, start) as update:
     yield lambda key, state, batch: update(key, state, complete(batch))
 
 

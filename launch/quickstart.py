@@ -23,6 +23,7 @@ from absl import flags as absl_flags
 
 from ..configs import arithmetic, image_diffusion, policy
 from ..evaluation import attempts as attempts_lib
+from ..tasks import images as image_tasks
 from ..training import averaging, loop
 from ..training import state as state_lib
 from . import (
@@ -33,7 +34,6 @@ from . import (
   flags,
   images,
   language,
-  pictures,
   report,
   rollouts,
   solving,
@@ -166,7 +166,7 @@ def digits(config: fields.Config, workdir: str, console: rich.console.Console) -
   return {
     "Digits: distances between samples and real images": report.columns(found),
     **{
-      f"Digits: {name}": report.picture(pictures.grid(x[first], columns=6), "digits")
+      f"Digits: {name}": report.picture(image_tasks.grid(x[first], columns=6), "digits")
       for name, x in shown.items()
     },
     "Digits: training": report.figure(report.curves(workdir)),

@@ -10,12 +10,13 @@ What may be asked for, and what is written, depends on the kind of experiment:
 
 from collections.abc import Sequence
 
+import jax
 from absl import flags as absl_flags
 
 from . import draws, flags, pictures, texts, workdirs
 from . import experiment as experiment_lib
 
-READS = (flags.CONFIG, flags.WORKDIR, flags.LAST, flags.STEP, flags.BEST, flags.AVERAGE_STD)
+READS = flags.CHECKPOINT
 # Each has FLAGS, those that it reads, and run(wanted), what is wanted as `flags.checkpoint` has it.
 KINDS = {
   "language": texts,
@@ -37,7 +38,8 @@ def main(_: Sequence[str]) -> None:
     wanted = flags.checkpoint()
     kind = experiment_lib.kind_of(workdirs.saved_config(wanted["workdir"]), KINDS)
     flags.refuse_others([flag for kind in KINDS.values() for flag in kind.FLAGS], kind.FLAGS)
-  kind.run(wanted)
+  with jax.set_mesh(wanted["mesh"]):
+    kind.run(wanted)
 
 
 if __name__ == "__main__":

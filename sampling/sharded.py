@@ -1,18 +1,19 @@
-"""The same samplers over many devices: rows apart ("data"), weights apart ("model").
+"""The same samplers over many devices, on the mesh and by the rules of `models.partition`.
 
 A sampler is any function (params, settings, keys [B], inputs) -> samples, the one that `jax.jit`
 would take. A sample depends on its request's key alone, so how many devices there are, and which of
 them draws a row, changes no token; splitting weights rounds sums in another order.
 
-    mesh = sharded.make_mesh(num_model=2)
+    mesh = partition.make_mesh(tensor=2)
     params = sharded.shard(params, mesh, head_dim=64)  # once
     sample = sharded.mapped(sample, mesh)
     samples = sample(params, {"temperature": 0.8}, keys, prompts)
 
 - `mapped`: each group of devices loops over its own rows and stops when they are done. Nothing
   travels between groups; within one, the compiler splits the work as the weights are split.
-- `jitted`: one program over all rows, that the compiler splits. It makes no assumption on the
-  sampler, which may look across rows; its loops go on until the last row of all is done.
+- `jitted`: one program over all rows, that the compiler splits, the cache by rows and heads. It
+  makes no assumption on the sampler, which may look across rows; its loops go on until the last row
+  of all is done.
 - `pmapped`: `jax.pmap` over the rows, for those who have pmapped code. Weights are whole on each
   device.
 
@@ -22,94 +23,39 @@ that rows share (a bias [V], an automaton's table) goes into `params`, which may
 devices do not divide B, it is filled up with copies of the last request, which are cut off again.
 """
 
+import math
 from collections.abc import Callable
 from typing import Any
 
 import jax
 import jax.numpy as jnp
+from jax.experimental import multihost_utils
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
 from ..models import base as models
+from ..models import partition
 from . import base
 
 Sample = Callable[[models.Params, Any, base.Keys, Any], Any]
 
-# How the last dimensions of a parameter are split, by its name or the name of its layer. What
-# multiplies x is split by columns and what takes the result back by rows, so that a layer's
-# attention and its MLP each end in one sum over devices.
-_COLUMNS, _ROWS = (None, "model"), ("model", None)
-_KERNELS = {
-  **dict.fromkeys(("query", "key", "value", "gate", "up"), _COLUMNS),
-  **dict.fromkeys(("output", "down"), _ROWS),
-}
-_ARRAYS = {"embedding": _ROWS, "readout": _COLUMNS}  # over the vocabulary
-_HEADS = {"query", "key", "value", "output"}
-
-
-def make_mesh(num_model: int = 1) -> Mesh:
-  """All devices as a mesh of axes "data" and "model", the latter of `num_model` devices.
-
-  Raises:
-    ValueError: `num_model` does not divide the number of devices.
-  """
-  num_devices = jax.device_count()
-  if num_model < 1 or num_devices % num_model:
-    raise ValueError(f"make_mesh({num_model}): it has to divide the {num_devices} devices.")
-  shape = (num_devices // num_model, num_model)
-  return jax.make_mesh(shape, ("data", "model"), axis_types=(AxisType.Auto,) * 2)
-
-
-def specs(params: models.Params, mesh: Mesh, *, head_dim: int = 1) -> Any:
-  """How a transformer's params are split over "model": a tree of PartitionSpecs like `params`.
-
-  Heads, the width of the MLP and the vocabulary are split, by the names of the parameters; stacked
-  and unstacked layers alike. A dimension that the devices do not divide stays whole on each of them
-  (four devices have two key/value heads each), and so does every parameter of another name.
-
-  Args:
-    params: arrays or their shapes.
-    mesh: of the axes "data" and "model", or one of them.
-    head_dim: channels of a head, so that heads stay whole; with 1 the compiler may have to move
-      parts of them around at every step.
-
-  Reference: Shoeybi et al. 2019, arXiv 1909.08053, section 3.
-  """
-  parts = mesh.shape.get("model", 1)
-
-  def spec(path, leaf):
-    layer, name = [None, None, *(getattr(entry, "key", None) for entry in path)][-2:]
-    rule = _ARRAYS.get(name, ())
-    if layer in _KERNELS:
-      rule = {"kernel": _KERNELS[layer], "bias": _KERNELS[layer][1:]}.get(name, ())
-    if "model" not in rule:
-      return PartitionSpec()
-    size = leaf.shape[rule.index("model") - len(rule)]
-    whole = parts * (head_dim if layer in _HEADS else 1)
-    if parts == 1 or size % whole:
-      return PartitionSpec()
-    return PartitionSpec(*(None,) * (len(leaf.shape) - len(rule)), *rule)
-
-  return jax.tree_util.tree_map_with_path(spec, params)
-
 
 def shard(params: models.Params, mesh: Mesh, *, head_dim: int = 1) -> models.Params:
-  """Params on the mesh, split as `specs` says and copied along "data"."""
-  place = lambda leaf, spec: jax.device_put(leaf, NamedSharding(mesh, spec))
-  return jax.tree.map(place, params, specs(params, mesh, head_dim=head_dim))
+  """Params on the mesh, split by `partition.rules`."""
+  return jax.device_put(params, partition.shardings(params, mesh, partition.rules(head_dim)))
 
 
 def rows(tree: Any, mesh: Mesh) -> Any:
-  """Arrays [B, ...] on the mesh, split by rows over "data"; numbers are copied.
+  """Arrays [B, ...] on the mesh, split by rows over "data" and "fsdp"; numbers are copied.
 
   Raises:
-    ValueError: B does not divide into the devices of "data".
+    ValueError: B does not divide into their devices.
   """
-  num_data = mesh.shape["data"]
+  num_data = _num_parts(mesh)
 
   def place(leaf):
     if jnp.ndim(leaf) and leaf.shape[0] % num_data:
       raise ValueError(f"{leaf.shape[0]} rows do not divide into {num_data} devices: pad them.")
-    return jax.device_put(leaf, NamedSharding(mesh, _row_spec(leaf)))
+    return jax.device_put(leaf, NamedSharding(mesh, _row_spec(leaf, _row_axes(mesh))))
 
   return jax.tree.map(place, tree)
 
@@ -119,12 +65,17 @@ def jitted(sample: Sample, mesh: Mesh) -> Sample:
 
   Params that are not on the mesh are copied to every device at each call: `shard` them before.
   """
-  compiled = jax.jit(sample, out_shardings=NamedSharding(mesh, PartitionSpec("data")))
-  return _over_mesh(compiled, mesh)
+
+  def on_mesh(*arguments):
+    with jax.sharding.use_abstract_mesh(mesh.abstract_mesh):
+      return sample(*arguments)
+
+  split = NamedSharding(mesh, PartitionSpec(_row_axes(mesh)))
+  return _over_mesh(jax.jit(on_mesh, out_shardings=split), mesh)
 
 
 def mapped(sample: Sample, mesh: Mesh) -> Sample:
-  """The sampler by `jax.shard_map` over "data", with "model" left to the compiler; see the module.
+  """The sampler by `jax.shard_map` over "data", other axes left to the compiler; see the module.
 
   Params that are not on the mesh are copied to every device at each call: `shard` them before.
   """
@@ -133,7 +84,7 @@ def mapped(sample: Sample, mesh: Mesh) -> Sample:
     per_device = jax.shard_map(
       sample,
       mesh=mesh,
-      in_specs=(PartitionSpec(), *jax.tree.map(_row_spec, of_rows)),
+      in_specs=(PartitionSpec(), *jax.tree.map(lambda leaf: _row_spec(leaf, "data"), of_rows)),
       out_specs=PartitionSpec("data"),
       axis_names={"data"},
       check_vma=False,  # a loop's carry may begin alike on all devices and then differ
@@ -163,8 +114,16 @@ def pmapped(sample: Sample) -> Sample:
   return _filled_up(run, num_devices)
 
 
-def _row_spec(leaf):
-  return PartitionSpec("data") if jnp.ndim(leaf) else PartitionSpec()
+def _row_axes(mesh):
+  return tuple(axis for axis in partition.ROWS if axis in mesh.shape)
+
+
+def _num_parts(mesh):
+  return math.prod(mesh.shape[axis] for axis in _row_axes(mesh))
+
+
+def _row_spec(leaf, axes):
+  return PartitionSpec(axes) if jnp.ndim(leaf) else PartitionSpec()
 
 
 def _over_mesh(compiled, mesh):
@@ -180,7 +139,7 @@ def _over_mesh(compiled, mesh):
   def run(params, *of_rows):
     return compiled(jax.tree.map(place, params), *rows(of_rows, mesh))
 
-  return _filled_up(run, mesh.shape["data"])
+  return _filled_up(run, _num_parts(mesh))
 
 
 def _filled_up(run, num_parts):
@@ -222,3 +181,17 @@ def _check_rows(num_requests, settings, keys, inputs):
           f"{num_requests} requests; what they share belongs in params."
         )
   return num_requests
+
+
+def to_host(tree: Any) -> Any:
+  """Arrays as numpy, whole on every process, whichever of them holds which part.
+
+  Every process has to call it, for the same tree.
+  """
+
+  def whole(leaf):
+    if not isinstance(leaf, jax.Array) or leaf.is_fully_addressable or leaf.is_fully_replicated:
+      return leaf
+    return multihost_utils.process_allgather(leaf, tiled=True)
+
+  return jax.device_get(jax.tree.map(whole, tree))

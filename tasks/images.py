@@ -11,6 +11,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 from numpy.typing import ArrayLike
+from PIL import Image
 
 from . import base
 
@@ -315,3 +316,20 @@ def from_unit(values: ArrayLike, levels: int) -> np.ndarray:
 def to_bytes(values: ArrayLike) -> np.ndarray:
   """Units as bytes, 0 (black) to 255, for pictures; levels go through `to_unit` first."""
   return from_unit(values, 256)
+
+
+_SIDE = 64  # pixels that an image has in a picture, at least
+
+
+def grid(x: np.ndarray, columns: int | None = None) -> Image.Image:
+  """Images x [N, H, W, C] in [-1, 1], row by row, as one picture; enlarged where they are tiny."""
+  columns = columns or int(np.ceil(np.sqrt(len(x))))
+  height, width, channels = x.shape[1:]
+  rows = -(-len(x) // columns)
+  cells = np.zeros((rows * columns, height + 1, width + 1, channels), np.uint8)
+  cells[: len(x), :height, :width] = to_bytes(x)
+  whole = cells.reshape(rows, columns, height + 1, width + 1, channels).swapaxes(1, 2)
+  whole = whole.reshape(rows * (height + 1), columns * (width + 1), channels)[:-1, :-1]
+  picture = Image.fromarray(whole[..., 0] if channels == 1 else whole[..., :3])
+  times = -(-_SIDE // min(height, width))
+  return picture.resize((picture.width * times, picture.height * times), Image.Resampling.NEAREST)

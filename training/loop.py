@@ -1,15 +1,12 @@
 """The training loop: steps, and between them what is written, saved and evaluated."""
 
-import contextlib
 import functools
-import math
-import os
-import signal
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any, NamedTuple
 
 import jax
 
+from . import guard, processes
 from . import state as state_lib
 
 
@@ -28,28 +25,21 @@ class Interrupted(Exception):
     self.signal = name
 
 
-@contextlib.contextmanager
-def signals(*names: str):
-  """Within it, the named signals are only noted; yields a function that says which one came.
+class Diverged(FloatingPointError):
+  """A step was judged bad: neither it nor what came after is saved.
 
-  The first says so on standard error. A second one is taken as impatience: KeyboardInterrupt.
+  Attributes:
+    step: steps made with it.
+    batch: that it was made on.
+    metrics: {name: float} of it.
   """
-  caught: list[str] = []
 
-  def note(number, frame):
-    del frame
-    if caught:
-      raise KeyboardInterrupt
-    caught.append(signal.Signals(number).name)
-    text = f"\n{caught[0]}: finishing this step, then saving; once more stops without saving\n"
-    os.write(2, text.encode())  # print is not safe in a handler
-
-  previous = {name: signal.signal(getattr(signal, name), note) for name in names}
-  try:
-    yield lambda: caught[0] if caught else None
-  finally:
-    for name, handler in previous.items():
-      signal.signal(getattr(signal, name), handler)
+  def __init__(self, why: str, step: int, batch: Any, metrics: Mapping[str, float]):
+    super().__init__(
+      f"The {why} at step {step}, and nothing of it is saved. Lower the learning rate or the "
+      "clipping norm, and start again from the last checkpoint."
+    )
+    self.step, self.batch, self.metrics = step, batch, metrics
 
 
 def fit(
@@ -62,44 +52,50 @@ def fit(
   evaluate: Every,
   save: Every,
   progress: Callable[[int], None] = lambda done: None,
+  judge: guard.Judge = guard.finite,
 ) -> state_lib.TrainState:
   """Trains until `num_steps` steps are made in all, from wherever `state` stands.
 
   SIGTERM and SIGINT let the step under way finish; then it saves and raises, unless that step was
-  the last. Processes of one run have to get the signal together, as they save together. At a step
-  that calls for several, evaluation comes before saving, so the checkpoint can carry its result.
+  the last. Of several processes one is enough to stop all, after the same step. At a step that
+  calls for several, evaluation comes before saving, so the checkpoint can carry its result.
+
+  Every step is judged, in order: when the next one is dispatched, so that the device does not wait,
+  or at once where anything is due after it. So nothing is written or saved of a bad step, or after.
 
   Args:
     state: to start from; donated if `step` donates.
-    batches: as many as there are steps left.
+    batches: as many as there are steps left; none is donated.
     step: the jitted step.
     num_steps: total.
     write: writes the step's metrics.
     evaluate: makes and writes what is costly, from the state.
     save: saves a checkpoint of the state.
     progress: told of every step when the one before it is done.
+    judge: of a step's metrics: those of `guard.WATCHED`, and all of them where anything is due.
 
   Returns:
     The state after the last step.
 
   Raises:
     Interrupted: after saving.
-    FloatingPointError: a metric (the loss, the norm of its gradient) is not finite at a step after
-      which anything is due; nothing of it is written or saved.
+    Diverged: the judge found a step bad.
   """
-  done, metrics = int(state.step), {}
-  with signals("SIGTERM", "SIGINT") as interrupted:
+  done, before = int(state.step), None
+  with processes.signals() as interrupted:
     while done < num_steps:
-      before = metrics
-      state, metrics = step(state, next(batches))
-      jax.block_until_ready(before)  # one step in flight: progress is of work, not of dispatches
+      batch = next(batches)
+      state, metrics = step(state, batch)
+      if before:  # one step in flight: progress is of work, not of dispatches
+        _judged(judge, guard.WATCHED, *before)
       progress(done := done + 1)
+      before = (done, batch, metrics)
       due = functools.partial(_due, done, num_steps)
-      stop = interrupted() if done < num_steps else None
+      stop = interrupted(done) if done < num_steps else None
       if due(write) or due(evaluate) or due(save) or stop:
-        _check_finite(done, metrics)
+        scalars, before = _judged(judge, metrics, *before), None
       if due(write):
-        write.action(done, {name: float(value) for name, value in metrics.items()})
+        write.action(done, scalars)
       if due(evaluate) and not stop:
         evaluate.action(done, state)
       if due(save) or stop:
@@ -113,10 +109,11 @@ def _due(done: int, num_steps: int, every: Every) -> bool:
   return done % every.period == 0 or done == num_steps
 
 
-def _check_finite(step: int, metrics: Mapping[str, jax.Array]) -> None:
-  for name, value in metrics.items():  # a finite loss can have an infinite gradient
-    if not math.isfinite(float(value)):
-      raise FloatingPointError(
-        f"The {name} is {float(value)} at step {step}, and nothing of it is saved. Lower the "
-        "learning rate or the clipping norm, and start again from the last checkpoint."
-      )
+def _judged(judge, names, done, batch, metrics) -> dict[str, float]:
+  """The named metrics of a step, which waits for it to be done; Diverged where it is bad."""
+  jax.block_until_ready(metrics)
+  floats = lambda names: {name: float(metrics[name]) for name in names if name in metrics}
+  scalars = floats(names)
+  if why := judge(scalars):
+    raise Diverged(why, done, batch, floats(metrics))
+  return scalars

@@ -23,7 +23,7 @@ import numpy as np
 from ..evaluation import attempts as attempts_lib
 from ..models import base as models
 from ..sampling import base as sampling
-from ..sampling import decode, logits
+from ..sampling import decode, logits, sharded
 from ..tasks import base as tasks
 from ..tasks import workers
 from . import metrics, scoring
@@ -167,8 +167,8 @@ def roll_out(
     keys = sampling.row_keys(key, jnp.asarray(requests))
     some = jax.tree.map(lambda leaf, index=index: leaf[index], prompts)
     drawn.append(sample(params, temperature, *place((keys, some))))
-    drawn[-2:-1] = jax.device_get(drawn[-2:-1])  # not the one under way: devices hold two batches
-  drawn = jax.device_get(drawn)
+    drawn[-2:-1] = sharded.to_host(drawn[-2:-1])  # not the one under way: devices hold two batches
+  drawn = sharded.to_host(drawn)
   join = lambda *parts: np.concatenate(parts)[: len(problems) * group_size]
   samples, rows = jax.tree.map(join, *drawn)
   responses = list(map(functools.partial(_response, task.tokenizer), *samples[:4]))
@@ -192,6 +192,11 @@ class Log(NamedTuple):
 
   write: Callable[[int, Rollouts, np.ndarray], None]  # (step, rollouts, rewards [P, G])
   close: Callable[[], None]
+
+
+def no_log() -> Log:
+  """Writes nothing."""
+  return Log(lambda step, rollouts, rewards: None, lambda: None)
 
 
 def jsonl(path: str | os.PathLike, *, step: int = 0) -> Log:

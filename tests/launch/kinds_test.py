@@ -20,6 +20,7 @@ from ancestral.launch import (
   train,
   workdirs,
 )
+from ancestral.models import partition
 from ancestral.training import data, metrics
 
 POINTS = np.random.default_rng(0).normal(3, 0.1, size=(64, 2)).astype(np.float32)
@@ -95,6 +96,9 @@ def mean_kind(monkeypatch):
     FREE_TO_RESUME=(),
     build=build,
     stepping=supervised.stepping,
+    share=supervised.share,
+    flops=supervised.flops,
+    rules=lambda experiment: partition.rules(),
     finished=lambda params: params["mean"],
   )
   monkeypatch.setitem(experiment.KINDS, "mean", module)

@@ -11,6 +11,7 @@ import pytest
 from ancestral.configs import preference
 from ancestral.launch import evaluate, experiment, fields, preferences, sample, train, workdirs
 from ancestral.models import base as models
+from ancestral.models import partition
 from ancestral.tasks import arithmetic
 from ancestral.tasks import base as tasks
 from ancestral.training import checkpoint, metrics, selection
@@ -275,4 +276,6 @@ def test_a_start_of_another_model_is_refused(learned):
   with (config := workdirs.saved_config(str(learned))).unlocked():
     config.model.width = 32
   with pytest.raises(ValueError, match="is of a model of other shapes"):
-    experiment.first_state(experiment.build(config), jax.random.key(0))
+    made = experiment.build(config)
+    abstract = experiment.abstract_state(made, partition.make_mesh())
+    experiment.first_state(made, jax.random.key(0), abstract)

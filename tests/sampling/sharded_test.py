@@ -5,16 +5,14 @@ The `eight_*` functions need eight devices: `test_on_eight_devices` runs them in
 
 import functools
 import re
-import types
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from jax.sharding import PartitionSpec as P
 
 import targets
-from ancestral.models import schedules, toy, transformer
+from ancestral.models import partition, schedules, toy, transformer
 from ancestral.sampling import (
   base,
   decode,
@@ -138,7 +136,7 @@ WAYS = {
 def eight_devices_draw_the_tokens_of_one(name, way):
   """Ten rows on eight (or four pairs of) devices; and a second request compiles nothing."""
   over, num_model = WAYS[way]
-  mesh, traces = sharded.make_mesh(num_model), []
+  mesh, traces = partition.make_mesh(tensor=num_model), []
   params = sharded.shard(target(name)[1], mesh, head_dim=8)
   run = over(sampler(name, traces), mesh)
   samples = run(params, *request(name))
@@ -164,7 +162,7 @@ def eight_devices_speculate_as_one(way):
   settings, keys, prompts = request("table")
   params = {"target": params, "draft": params + jnp.roll(params, 1)}
   arguments = {"t": settings["t"]}, keys[:: ROWS["table"]], prompts
-  mesh = sharded.make_mesh()
+  mesh = partition.make_mesh()
   expected = jax.tree.map(np.asarray, jax.jit(sample)(params, *arguments))
   assert_same(WAYS[way][0](sample, mesh)(sharded.shard(params, mesh), *arguments), expected)
   assert np.any(expected.num_accepted > 0)
@@ -179,7 +177,7 @@ def collectives(program):
 
 def eight_groups_share_nothing_when_mapped():
   """Each loops by itself; jitted, they ask at every step whether all rows are done."""
-  mesh = sharded.make_mesh()
+  mesh = partition.make_mesh()
   for name, way, expected in (
     ("transformer", sharded.mapped, False),
     ("table", sharded.jitted, True),
@@ -192,7 +190,7 @@ def eight_groups_share_nothing_when_mapped():
 
 def eight_devices_sum_twice_a_layer():
   """Megatron's count: one sum after attention, one after the MLP, and nothing else in the trunk."""
-  num_layers, mesh = 3, sharded.make_mesh(2)
+  num_layers, mesh = 3, partition.make_mesh(tensor=2)
   model, params = targets.tiny_target(**{**HEADS, "num_layers": num_layers})
   params = sharded.shard(transformer.unstack(params), mesh, head_dim=8)
 
@@ -209,7 +207,7 @@ def eight_devices_sum_twice_a_layer():
 
 @pytest.mark.parametrize("stacked", [True, False])
 def eight_devices_hold_their_part_of_the_weights(stacked):
-  mesh = sharded.make_mesh(2)
+  mesh = partition.make_mesh(tensor=2)
   _, params = targets.tiny_target(**HEADS, use_bias=True, qk_norm=True, tied_embeddings=False)
   if not stacked:
     params = transformer.unstack(params)
@@ -228,14 +226,11 @@ def eight_devices_hold_their_part_of_the_weights(stacked):
   assert held < 0.52 * sum(leaf.nbytes for leaf in jax.tree.leaves(params))
 
 
-def eight_devices_refuse_a_mesh_they_do_not_fill():
-  with pytest.raises(ValueError, match=r"make_mesh\(3\): it has to divide the 8 devices"):
-    sharded.make_mesh(3)
-  mesh = sharded.make_mesh(4)
-  assert dict(mesh.shape) == {"data": 2, "model": 4}
-  with pytest.raises(ValueError, match="3 rows do not divide into 2 devices"):
+def eight_devices_take_rows_that_they_divide():
+  mesh = partition.make_mesh(fsdp=2, tensor=2)
+  with pytest.raises(ValueError, match="3 rows do not divide into 4 devices"):
     sharded.rows(jnp.ones((3, 2)), mesh)
-  placed = sharded.rows({"x": jnp.ones((4, 2)), "t": 0.5}, mesh)
+  placed = sharded.rows({"x": jnp.ones((8, 2)), "t": 0.5}, mesh)
   assert {shard.data.shape for shard in placed["x"].addressable_shards} == {(2, 2)}
   assert placed["t"].sharding.is_fully_replicated
 
@@ -243,47 +238,6 @@ def eight_devices_refuse_a_mesh_they_do_not_fill():
 def test_one_device_may_be_pmapped_too():
   samples = sharded.pmapped(sampler("table"))(target("table")[1], *request("table"))
   assert_same(samples, on_one_device("table"))
-
-
-def mesh_of(**shape):
-  return types.SimpleNamespace(shape=shape)  # `specs` reads no more of a mesh
-
-
-def test_specs_of_a_transformer():
-  _, params = targets.tiny_target(**HEADS, positions="learned", tied_embeddings=False)
-  specs = sharded.specs(params, mesh_of(data=4, model=2), head_dim=8)
-  columns, split_rows = {"kernel": P(None, None, "model")}, {"kernel": P(None, "model", None)}
-  whole = {"scale": P()}
-  assert specs == {
-    "embedding": P("model", None),
-    "readout": P(None, "model"),
-    "positions": P(),
-    "final_norm": whole,
-    "layers": {
-      "attention": {"query": columns, "key": columns, "value": columns, "output": split_rows},
-      "attention_norm": whole,
-      "mlp": {"gate": columns, "up": columns, "down": split_rows},
-      "mlp_norm": whole,
-    },
-  }
-  unstacked = sharded.specs(transformer.unstack(params), mesh_of(model=2))
-  assert unstacked["layers"][0]["mlp"]["down"]["kernel"] == P("model", None)
-  assert unstacked["layers"][0]["attention"]["key"]["kernel"] == P(None, "model")
-
-
-def test_what_does_not_divide_stays_whole():
-  """Four devices: two key/value heads of 8 channels would be cut, 23 tokens cannot be."""
-  _, params = targets.tiny_target(**{**HEADS, "vocab_size": 23})
-  specs = sharded.specs(params, mesh_of(data=2, model=4), head_dim=8)
-  assert specs["embedding"] == P()
-  attention = specs["layers"]["attention"]
-  assert attention["key"]["kernel"] == attention["value"]["kernel"] == P()
-  assert attention["query"]["kernel"] == P(None, None, "model")
-  cut = sharded.specs(params, mesh_of(data=2, model=4))["layers"]["attention"]
-  assert cut["key"]["kernel"] == P(None, None, "model")
-  for mesh in (mesh_of(data=8), mesh_of(data=8, model=1)):
-    assert set(jax.tree.leaves(sharded.specs(params, mesh), is_leaf=lambda x: x == P())) == {P()}
-  assert sharded.specs(jnp.ones((4, 4)), mesh_of(model=2)) == P()  # a table: no name, no rule
 
 
 def eight_devices_diffuse_as_one_does():
@@ -299,7 +253,7 @@ def eight_devices_diffuse_as_one_does():
 
   keys, x = targets.keys_of(range(10)), jnp.linspace(-1, 1, 20).reshape(10, 2)
   alone = jax.jit(sample)((means, table), {}, keys, x)
-  mesh = sharded.make_mesh()
+  mesh = partition.make_mesh()
   runs = sharded.jitted(sample, mesh), sharded.mapped(sample, mesh), sharded.pmapped(sample)
   for run in runs:
     np.testing.assert_allclose(run((means, table), {}, keys, x), alone, rtol=0, atol=1e-5)
@@ -317,7 +271,7 @@ def eight_devices_diffuse_as_one_does():
   ],
 )
 def test_what_has_no_rows_is_named(change, message):
-  run = sharded.mapped(sampler("table"), sharded.make_mesh())
+  run = sharded.mapped(sampler("table"), partition.make_mesh())
   with pytest.raises(ValueError, match=message) as error:
     run(target("table")[1], *change(*request("table")))
   assert "\n" not in str(error.value)
@@ -335,5 +289,5 @@ def test_shared_arrays_travel_with_the_params():
 
   keys = base.row_keys(jax.random.key(0), jnp.arange(5))
   prompts = decode.Prompts(jnp.ones((5, 1), jnp.int32), jnp.ones(5, jnp.int32))
-  samples = sharded.mapped(sample, sharded.make_mesh())((params, bias), {}, keys, prompts)
+  samples = sharded.mapped(sample, partition.make_mesh())((params, bias), {}, keys, prompts)
   assert not np.isin(samples.tokens, (0, 3)).any()

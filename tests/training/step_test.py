@@ -1,9 +1,5 @@
 """The step: accumulation, keys, devices, platforms, and that it learns."""
 
-import os
-import subprocess
-import sys
-
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -208,59 +204,6 @@ def test_the_step_lowers_for_accelerators(platform, make):
   run = stepper(made, likelihood.next_token(model, chunk=5), averaging, num_microbatches=2)
   lowered = jax.jit(run, donate_argnums=0).trace(held, batch).lower(lowering_platforms=(platform,))
   assert "stablehlo.while" in lowered.as_text()
-
-
-SHARDED = """
-import jax
-import numpy as np
-import optax
-from jax.sharding import AxisType, NamedSharding, PartitionSpec
-
-from ancestral.training import likelihood, optimizer, state
-import targets
-import step_test
-
-assert len(jax.devices()) == 8, jax.devices()
-mesh = jax.make_mesh((8,), ("data",), axis_types=(AxisType.Auto,))
-split, copied = (NamedSharding(mesh, PartitionSpec(*axes)) for axes in (("data",), ()))
-model, params = targets.tiny_target(num_layers=1)
-made, averaging = optax.sgd(1.0), state.exponential_average(0.9)
-batch = step_test.token_batch(0, batch_size=16)
-held = step_test.start(made, params, averaging)
-run = jax.jit(step_test.stepper(made, likelihood.next_token(model, chunk=5), averaging, 2))
-alone, metrics = run(held, batch)
-assert alone.params["embedding"].sharding.num_devices == 1
-arguments = jax.device_put(held, copied), jax.device_put(batch, split)
-spread, spread_metrics = run(*arguments)
-assert spread.params["embedding"].sharding.is_equivalent_to(copied, 2)
-step_test.close(jax.device_get(spread), jax.device_get(alone))
-step_test.close(jax.device_get(spread_metrics), jax.device_get(metrics))
-compiled = run.lower(*arguments).compile().as_text()
-assert "all-reduce" in compiled
-for moved in ("all-gather", "all-to-all", "collective-permute"):
-  assert moved not in compiled, moved
-print("the same step")
-"""
-
-
-def test_eight_devices_make_the_step_of_one():
-  here = os.path.dirname(__file__)
-  environment = {
-    **os.environ,
-    "JAX_PLATFORMS": "cpu",
-    "XLA_FLAGS": "--xla_force_host_platform_device_count=8",
-    "PYTHONPATH": os.pathsep.join([here, os.path.dirname(here)]),
-  }
-  done = subprocess.run(
-    [sys.executable, "-c", SHARDED],
-    env=environment,
-    capture_output=True,
-    text=True,
-    timeout=120,
-    check=False,
-  )
-  assert done.returncode == 0, done.stderr
-  assert done.stdout == "the same step\n"
 
 
 def stationary(transition):

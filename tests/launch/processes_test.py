@@ -1,0 +1,160 @@
+"""Runs of several processes over loopback: the losses of one, a stop for all, and a killed one."""
+
+import os
+import pathlib
+import shutil
+import signal
+import socket
+import subprocess
+import sys
+import time
+
+import numpy as np
+import pytest
+
+from ancestral.training import checkpoint, metrics
+
+CONFIG = """
+from ancestral.configs import arithmetic
+
+
+def get_config():
+  config = arithmetic.get_config()
+  with config.unlocked():
+    config.task.levels = (1, 2)
+    config.data.row_length = 11
+    config.evaluation.update(num_problems=8, num_samples=1, batch_size=16, max_new_tokens=5)
+    config.model.update(num_layers=1, width=32, num_heads=2, dropout=0.1)
+    config.optimizer.update(name="adamw", schedule="warmup_stable_decay", warmup_fraction=0.0)
+    config.train.update(
+      num_steps=24, batch_size=16, log_every=1, evaluate_every=24, save_every=8, keep=9
+    )
+  return config.lock()
+"""
+SECONDS = 240  # for anything: the machine may be busy
+
+
+def free_port():
+  with socket.socket() as probe:
+    probe.bind(("127.0.0.1", 0))
+    return probe.getsockname()[1]
+
+
+class Run:
+  """Processes that train together in a workdir; their standard error goes to files."""
+
+  def __init__(self, folder: pathlib.Path, workdir: pathlib.Path, num: int, *flags: str):
+    self.folder, self.workdir = folder, workdir
+    (folder / "config.py").write_text(CONFIG)
+    port = free_port()
+    command = [sys.executable, "-m", "ancestral.launch.train", f"--config={folder / 'config.py'}"]
+    command += [f"--workdir={workdir}", "--config.train.num_steps=24", *flags]
+    self.logs = [folder / f"process_{i}.log" for i in range(num)]
+    self.processes = []
+    for i, log in enumerate(self.logs):
+      joining = [f"--coordinator=127.0.0.1:{port}", f"--num_processes={num}", f"--process_id={i}"]
+      with log.open("w") as file:
+        self.processes.append(
+          subprocess.Popen(
+            [*command, *(joining if num > 1 else [])],
+            stderr=file,
+            stdout=subprocess.DEVNULL,
+            env={**os.environ, "JAX_PLATFORMS": "cpu", "XLA_FLAGS": ""},
+          )
+        )
+
+  def wait(self):
+    """Exit codes of all."""
+    try:
+      return [process.wait(SECONDS) for process in self.processes]
+    finally:
+      for process in self.processes:
+        process.kill()
+
+  def until(self, step):
+    """Waits for the metrics of a step."""
+    end = time.monotonic() + SECONDS
+    path = self.workdir / "metrics.jsonl"
+    while not path.exists() or max((m["step"] for m in metrics.read_jsonl(path)), default=0) < step:
+      assert time.monotonic() < end and not any(p.poll() for p in self.processes), self.said()
+      time.sleep(0.02)
+
+  def said(self):
+    return "\n".join(log.read_text() for log in self.logs)
+
+
+def losses(workdir):
+  return [m["loss"] for m in metrics.read_jsonl(workdir / "metrics.jsonl") if "loss" in m]
+
+
+def steps(workdir):
+  with checkpoint.open_manager(workdir / "checkpoints", create=False) as manager:
+    return sorted(manager.all_steps())
+
+
+@pytest.fixture(scope="module")
+def alone(tmp_path_factory):
+  """The losses of a run of one process."""
+  folder = tmp_path_factory.mktemp("alone")
+  run = Run(folder, folder / "run", 1)
+  assert run.wait() == [0], run.said()
+  return losses(folder / "run")
+
+
+@pytest.fixture(scope="module")
+def stopped(tmp_path_factory):
+  """A run of four processes, of which one was told to stop."""
+  folder = tmp_path_factory.mktemp("stopped")
+  run = Run(folder, folder / "run", 4, "--config.mesh.fsdp=2", "--config.train.num_steps=100000")
+  run.until(9)
+  run.processes[2].send_signal(signal.SIGTERM)
+  return run, run.wait()
+
+
+@pytest.mark.slow
+def test_a_signal_to_one_of_four_saves_all_at_the_same_step(stopped, alone):
+  run, codes = stopped
+  assert codes == [128 + signal.SIGTERM] * 4, run.said()
+  said = [log.read_text() for log in run.logs]
+  (where,) = {text.split("stopped by SIGTERM after step ")[1].split()[0] for text in said}
+  assert steps(run.workdir)[-1] == int(where) >= 9
+  assert len(losses(run.workdir)) == int(where)  # written by one of them
+  np.testing.assert_allclose(losses(run.workdir)[:9], alone[:9], atol=1e-5)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("num", [1, 2])
+def test_a_run_of_four_goes_on_with_fewer(stopped, alone, num, tmp_path):
+  """From step 8, where the rate is still the same whatever the number of steps."""
+  shutil.copytree(stopped[0].workdir, tmp_path / "run")
+  for step in steps(tmp_path / "run"):
+    if step > 8:
+      shutil.rmtree(tmp_path / "run" / "checkpoints" / str(step))
+  run = Run(tmp_path, tmp_path / "run", num, "--config.mesh.fsdp=1")
+  assert run.wait() == [0] * num, run.said()
+  assert "from step 8 to 24" in run.said()
+  np.testing.assert_allclose(losses(tmp_path / "run"), alone, atol=1e-5)
+
+
+@pytest.mark.slow
+def test_two_train_as_one_and_go_on_after_one_was_killed(alone, tmp_path):
+  run = Run(tmp_path, tmp_path / "run", 2, "--heartbeat_timeout=10")
+  run.until(18)
+  run.processes[1].kill()
+  began = time.monotonic()
+  codes = run.wait()
+  assert time.monotonic() - began < 60 and codes[0] not in (0, None)
+  assert "unhealthy (stopped sending heartbeats):\n1" in run.logs[0].read_text(), run.said()
+  assert steps(tmp_path / "run")[-1] in (8, 16)
+  again = Run(tmp_path, tmp_path / "run", 2)
+  assert again.wait() == [0, 0], again.said()
+  np.testing.assert_allclose(losses(tmp_path / "run"), alone, atol=1e-5)
+  assert len(losses(tmp_path / "run")) == 24
+
+
+@pytest.mark.slow
+def test_one_that_never_comes_is_waited_for_so_long(tmp_path):
+  run = Run(tmp_path, tmp_path / "run", 2, "--start_timeout=10")
+  run.processes[1].kill()
+  assert run.wait()[0] != 0
+  assert "DEADLINE_EXCEEDED" in run.logs[0].read_text(), run.said()
