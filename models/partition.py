@@ -69,6 +69,25 @@ def over_data(rules_: Sequence[Rule]) -> tuple[Rule, ...]:
   return tuple(rule._replace(spec=PartitionSpec(*map(wider, rule.spec))) for rule in rules_)
 
 
+def shape(
+  num_devices: int, data: int | None = None, fsdp: int = 1, sequence: int = 1, tensor: int = 1
+) -> tuple[int, ...]:
+  """Devices along each of `AXES`; `data` is what the others leave.
+
+  Raises:
+    ValueError: the product is not the number of devices.
+  """
+  others = (fsdp, sequence, tensor)
+  sizes = (num_devices // max(math.prod(others), 1) if data is None else data, *others)
+  if min(sizes) < 1 or math.prod(sizes) != num_devices:
+    given = zip(AXES, (data, *others), strict=True)
+    text = ", ".join(f"{axis}={size}" for axis, size in given if size is not None)
+    raise ValueError(
+      f"A mesh of {text} does not fill the {num_devices} devices: its product has to be that."
+    )
+  return sizes
+
+
 def make_mesh(
   data: int | None = None,
   fsdp: int = 1,
@@ -77,7 +96,7 @@ def make_mesh(
   *,
   devices: Sequence[jax.Device] | None = None,
 ) -> Mesh:
-  """All devices as a mesh of `AXES`; `data` is what the others leave.
+  """All devices as a mesh of `AXES`; see `shape`.
 
   Neighbouring devices differ in "tensor" first, whose traffic is the most.
 
@@ -85,18 +104,8 @@ def make_mesh(
     ValueError: the product is not the number of devices.
   """
   num_devices = jax.device_count() if devices is None else len(devices)
-  others = fsdp * sequence * tensor
-  shape = (num_devices // max(others, 1) if data is None else data, fsdp, sequence, tensor)
-  if min(shape) < 1 or math.prod(shape) != num_devices:
-    given = ", ".join(
-      f"{axis}={size}"
-      for axis, size in zip(AXES, (data, *shape[1:]), strict=True)
-      if size is not None
-    )
-    raise ValueError(
-      f"A mesh of {given} does not fill the {num_devices} devices: its product has to be that."
-    )
-  return jax.make_mesh(shape, AXES, axis_types=(AxisType.Auto,) * len(AXES), devices=devices)
+  sizes = shape(num_devices, data, fsdp, sequence, tensor)
+  return jax.make_mesh(sizes, AXES, axis_types=(AxisType.Auto,) * len(AXES), devices=devices)
 
 
 def fitted(

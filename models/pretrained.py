@@ -5,12 +5,14 @@ before all of it is known to fit. What the families have and how they name it is
 """
 
 import dataclasses
+import functools
+import gc
 import json
 import os
 import pathlib
 import re
 import shutil
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -89,16 +91,17 @@ def read(
   """
   directory = pathlib.Path(directory)
   family, config = _read_config(directory, dtype)
-  origin = _origin(family, shapes(config, stacked=stacked))
-  held = _matched(directory, family, config, origin)
+  tree = shapes(config, stacked=stacked)
+  origin = _origin(family, tree)
+  held = _matched(directory, family, origin)
 
   def made(path, leaf):
     pieces = tuple(_Piece(held[source.name], source) for source in origin[_name(path)].sources)
-    kept = safetensors_files.DTYPES[pieces[0].tensor.dtype]
+    kept = _common(safetensors_files.DTYPES[piece.tensor.dtype] for piece in pieces)
     leaf = jax.ShapeDtypeStruct(leaf.shape, kept if dtype is None else _dtype(dtype))
     return _placed(pieces, leaf, None if place is None else place(path, leaf))
 
-  return config, jax.tree_util.tree_map_with_path(made, shapes(config, stacked=stacked))
+  return config, jax.tree_util.tree_map_with_path(made, tree)
 
 
 def write(
@@ -162,7 +165,14 @@ def _dtype(name: str) -> np.dtype:
   return _DTYPES[name]
 
 
+def _common(dtypes: Iterable[np.dtype]) -> np.dtype:
+  """What holds the values of all."""
+  return functools.reduce(jnp.promote_types, dtypes)
+
+
 def _read_config(directory, dtype):
+  if dtype is not None:
+    _dtype(dtype)
   path = directory / "config.json"
   theirs = safetensors_files.read_json(path)
   try:
@@ -211,7 +221,7 @@ def _origin(family: families.Family, tree: base.Params) -> dict[str, _Origin]:
   return found
 
 
-def _matched(directory, family, config, origin) -> dict[str, safetensors_files.Tensor]:
+def _matched(directory, family, origin) -> dict[str, safetensors_files.Tensor]:
   """The tensors of the files by name, all of them as the configuration says."""
   held = safetensors_files.tensors(directory)
   if not any(name.startswith(family.prefix) for name in held):  # of a trunk that was saved alone
@@ -273,7 +283,9 @@ def _placed(pieces, leaf, sharding):
   else:
     once = _once(value)  # devices may hold the same shard
     made = jax.make_array_from_callback(leaf.shape, sharding, once, dtype=leaf.dtype)
-  return jax.block_until_ready(made)  # or the host would run ahead, with all of the parameters
+  jax.block_until_ready(made)  # or the host would run ahead, with all of the parameters
+  gc.collect(0)  # when jax lets go of what it has copied from
+  return made
 
 
 def _once(value):
@@ -315,8 +327,8 @@ def _by_number(name: str) -> list[str | int]:
 def _tensor(parts, dtype) -> safetensors_files.Planned:
   """A tensor of the parameters that are side by side in it, or of a single one."""
   ordered = sorted(parts, key=lambda part: part[1].part)
-  one, source, leaf, _ = ordered[0]
-  kept = _dtype(str(leaf.dtype) if dtype is None else dtype)
+  one, source, _, _ = ordered[0]
+  kept = _common(_dtype(str(leaf.dtype) if dtype is None else dtype) for _, _, leaf, _ in ordered)
 
   def value():
     whole = np.concatenate([_on_host(leaf, i) for _, _, leaf, i in ordered], axis=-1)

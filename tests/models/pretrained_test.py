@@ -69,6 +69,7 @@ def edit(path, **fields):
   path.write_text(json.dumps({**json.loads(path.read_text()), **fields}))
 
 
+QUERY = "model.layers.1.self_attn.q_proj.weight"
 DTYPES = {"F32": np.float32, "BF16": ml_dtypes.bfloat16, "F16": np.float16}
 
 
@@ -176,6 +177,24 @@ def test_kernels_are_written_as_their_classes_have_them(name, tensor, transposed
   np.testing.assert_array_equal(found[tensor], kernel.T if transposed else kernel)
 
 
+def test_layers_of_several_dtypes_are_stacked_in_one_that_holds_all(copy):
+  change = lambda arrays: {**arrays, QUERY: arrays[QUERY].astype(ml_dtypes.bfloat16)}
+  rewrite(copy / "model.safetensors", change)
+  kernel = np.asarray(fixed("llama")[1]["layers"]["attention"]["query"]["kernel"])
+  low = kernel[1].astype(ml_dtypes.bfloat16)
+  first, second = pretrained.read(copy)[1]["layers"]
+  check_same(second["attention"]["query"]["kernel"], low)
+  assert first["attention"]["query"]["kernel"].dtype == jnp.float32
+  stacked = pretrained.read(copy, stacked=True)[1]["layers"]["attention"]["query"]["kernel"]
+  check_same(stacked, np.stack([kernel[0], low.astype(np.float32)]))
+
+
+@pytest.mark.parametrize("read", [pretrained.read_config, pretrained.read])
+def test_a_dtype_that_cannot_be_asked_for_is_named(llama, read):
+  with pytest.raises(ValueError, match=r"^dtype='int8' is not one of"):
+    read(llama, dtype="int8")
+
+
 def test_gpt2s_queries_keys_and_values_are_one_tensor(tmp_path):
   config, params = fixed("gpt2")
   pretrained.write(tmp_path / "model", config, params)
@@ -260,9 +279,6 @@ def test_so_is_what_other_families_say(tmp_path, name, fields, culprit):
   edit(tmp_path / "model" / "config.json", **fields)
   with pytest.raises(ValueError, match=culprit):
     pretrained.read_config(tmp_path / "model")
-
-
-QUERY = "model.layers.1.self_attn.q_proj.weight"
 
 
 def without(name):
