@@ -114,17 +114,22 @@ def mesh() -> dict[str, Any]:
   }
 
 
-def mesh_of(config: Config) -> jax.sharding.Mesh:
-  """The mesh of `config.mesh`; without it, all devices along "data".
+def mesh_sizes(config: Config) -> dict[str, int | None]:
+  """Devices along each axis, as `config.mesh` has them; without it, all along "data".
 
   Raises:
-    ValueError: it does not fill the devices.
+    ValueError: there is no such number of devices.
   """
   c = config.get("mesh") or Config(mesh())
   sizes = {axis: c[axis] for axis in partition.AXES}
   for axis, size in sizes.items():
     require(size is None or size >= 1, f"mesh.{axis} is {size}; it is at least 1")
-  return partition.make_mesh(**sizes)
+  return sizes
+
+
+def mesh_of(config: Config) -> jax.sharding.Mesh:
+  """The mesh of `config.mesh`, over all devices; ValueError where it does not fill them."""
+  return partition.make_mesh(**mesh_sizes(config))
 
 
 def averaging_of(config: Config) -> state_lib.Averaging:

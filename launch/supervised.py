@@ -35,8 +35,7 @@ def flops(experiment: Any, abstract: state_lib.TrainState, shares: int, batch: A
   whole = lambda x: jax.ShapeDtypeStruct(
     (x.shape[0] * shares, *x.shape[1:]), jax.dtypes.canonicalize_dtype(x.dtype)
   )
-  update, key = jitted_step(experiment, abstract), jax.random.key(0)
-  return cost.flops(update, key, abstract, jax.tree.map(whole, batch))
+  return cost.flops(step_of(experiment), jax.random.key(0), abstract, jax.tree.map(whole, batch))
 
 
 @contextlib.contextmanager
@@ -56,16 +55,21 @@ def stepping(
   yield lambda key, state, batch: update(key, state, sharding.rows(batch, mesh))
 
 
+def step_of(experiment: Any) -> Callable[..., Any]:
+  """`step.train_step` of the experiment: (key, state, batch) -> (state, metrics)."""
+  return functools.partial(
+    step.train_step,
+    loss_fn=experiment.loss_fn,
+    optimizer=experiment.optimizer,
+    averaging=experiment.averaging,
+    num_microbatches=experiment.config.train.num_microbatches,
+  )
+
+
 def jitted_step(experiment: Any, abstract: state_lib.TrainState) -> Callable[..., Any]:
-  """`step.train_step` of the experiment, jitted; the state is donated, and stays where it is."""
+  """`step_of` the experiment, jitted; the state is donated, and stays where it is."""
   return jax.jit(
-    functools.partial(
-      step.train_step,
-      loss_fn=experiment.loss_fn,
-      optimizer=experiment.optimizer,
-      averaging=experiment.averaging,
-      num_microbatches=experiment.config.train.num_microbatches,
-    ),
+    step_of(experiment),
     donate_argnums=1,
     out_shardings=(sharding.shardings(abstract), None),
   )

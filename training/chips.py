@@ -27,6 +27,19 @@ H200 = Chip("H200 SXM", 989e12, 4800e9, 141e9, 450e9)
 B200 = Chip("B200", 2250e12, 8000e9, 180e9, 900e9)
 L4 = Chip("L4", 121e12, 300e9, 24e9, 32e9)
 
+BY_NAME = {
+  "v4": TPU_V4,
+  "v5e": TPU_V5E,
+  "v5p": TPU_V5P,
+  "v6e": TPU_V6E,
+  "a100": A100_80,
+  "h100": H100,
+  "h200": H200,
+  "b200": B200,
+  "l4": L4,
+}
+"""By the name that people call it."""
+
 BY_KIND = {
   "TPU v4": TPU_V4,
   "TPU v5 lite": TPU_V5E,
