@@ -24,7 +24,7 @@ Variants:
 import ml_collections
 from ml_collections import config_dict
 
-from ancestral.launch import fields, methods
+from ancestral.launch import adapters, fields, methods
 
 _POLICY = {
   "name": "policy",
@@ -95,6 +95,7 @@ def learning(method: dict) -> ml_collections.ConfigDict:
         "timeout": 5.0,  # seconds for one answer
       },
       "method": method,
+      "lora": adapters.section(),
       "optimizer": {
         "name": "adamw",
         "schedule": "warmup_cosine",

@@ -56,7 +56,7 @@ def respond(
   Sample j of text i is request i * num_samples + j of the run `key`, so it does not depend on the
   batch size, nor on the other texts unless they change its bucket of padding.
   """
-  encoded = [[tokenizer.bos, *tokenizer.encode(text)] for text in texts]
+  encoded = [tokenizer.opened(text) for text in texts]
   prompts = decode.pad_prompts(
     encoded, vocab_size=tokenizer.vocab_size, max_length=max_length, max_new_tokens=max_new_tokens
   )
@@ -79,9 +79,9 @@ def respond(
 def response(tokenizer: tokenizers.Tokenizer, drawn: Sequence[int], log_prob: float) -> Response:
   """What the tokens drawn say, and whether they ended as they should."""
   fault = ""
-  if tokenizer.eos not in drawn:
+  if not {*tokenizer.stops} & {*drawn}:
     fault = f"did not end within {len(drawn)} tokens"
-  elif {tokenizer.pad, tokenizer.bos} - {tokenizer.eos} & set(drawn):
+  elif ({tokenizer.pad, tokenizer.bos} - {*tokenizer.stops}) & {*drawn}:
     fault = "holds a padding or beginning-of-sequence token"
   return Response(tokenizer.decode(drawn), fault, log_prob)
 

@@ -68,7 +68,7 @@ def from_flags(tokenizer: tokenizers.Tokenizer) -> Decoding:
   if not numbers.keys() & {"temperature", "temp"}:
     numbers["temp" if "temp" in parameters else "temperature"] = 1.0
   fixed = {name: value for name, value in values.items() if name not in numbers}
-  fixed |= {name: (tokenizer.eos,) for name in _STOP if name in parameters and name not in fixed}
+  fixed |= {name: tokenizer.stops for name in _STOP if name in parameters and name not in fixed}
   described = json.loads(json.dumps({"preset": preset, **fixed}))
   return Decoding(lambda settings: PRESETS[preset](**fixed, **settings), numbers, described)
 

@@ -11,10 +11,20 @@ import jax.numpy as jnp
 import optax
 from jax.sharding import Mesh
 
-from ..models import partition
+from ..models import partition, pretrained
 from ..training import averaging, checkpoint, data, sharding, step
 from ..training import state as state_lib
-from . import classifiers, fields, image_learning, images, language, learning, preferences, workdirs
+from . import (
+  adapters,
+  classifiers,
+  fields,
+  image_learning,
+  images,
+  language,
+  learning,
+  preferences,
+  workdirs,
+)
 
 
 class Experiment(Protocol):
@@ -148,23 +158,41 @@ def first_state(
     FileNotFoundError, ValueError: there is no such run, or it is of another model.
   """
   c, placed = experiment.config, sharding.shardings(abstract)
-  if not c.get("start"):
+  if not c.get("start") or adapters.used(c):
     return jax.jit(functools.partial(init_state, experiment), out_shardings=placed)(key)
   params = start_params(c, sharding.mesh_of(abstract))
   if jax.tree.map(jnp.shape, params) != jax.tree.map(jnp.shape, abstract.params):
-    raise ValueError(f"config.start.workdir={c.start.workdir!r} is of a model of other shapes.")
+    raise ValueError(f"config.start={_name(c.start)!r} is of a model of other shapes.")
   begin = lambda params: init_state(experiment._replace(init_params=lambda key: params), key)
   return jax.jit(begin, out_shardings=placed, donate_argnums=0)(params)
 
 
 def start_params(config: fields.Config, mesh: Mesh | None = None) -> state_lib.Params:
-  """The parameters of the run that `config.start` names, as they are trained, on the mesh.
+  """The parameters that `config.start` names, laid out for training, on the mesh.
 
   Raises:
-    FileNotFoundError, ValueError: there is no such run, or it is corrupt.
+    FileNotFoundError, ValueError: there is no such run or pretrained directory, or it is corrupt.
   """
   c = config.start
+  if c.get("pretrained"):
+    return _pretrained(config, partition.make_mesh() if mesh is None else mesh)
   return _restored(None, c.workdir, mesh=mesh, step=c.step, best=c.best)[1]
+
+
+def _name(start: fields.Config) -> str:
+  return start.get("pretrained") or start.workdir
+
+
+def _pretrained(config, mesh):
+  model_config = pretrained.read_config(config.start.pretrained)
+  place = partition.placing(mesh, partition.rules(model_config.resolved().head_dim))
+  return pretrained.read(config.start.pretrained, place=place, dtype="float32", stacked=True)[1]
+
+
+def whole(config: fields.Config, mesh: Mesh, params: state_lib.Params) -> state_lib.Params:
+  """The model's parameters of what a run trains: the same, unless it trains adapters."""
+  frozen = start_params(config, mesh) if adapters.used(config) else None
+  return adapters.whole(config, frozen)(params)
 
 
 def restore_params(
@@ -227,7 +255,7 @@ def _restored(config, workdir, *, last=False, step=None, best=False, average_std
       name = "params" if last else _averages(saved)[0][0]
       restored = checkpoint.restore_part(manager, abstract, name, step)
       params, step = restored.state, restored.step
-  return experiment, params, step
+  return experiment, whole(experiment.config, mesh, params), step
 
 
 def _averages(config: fields.Config) -> list[tuple[str, float | None]]:

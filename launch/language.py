@@ -1,5 +1,6 @@
 """Language models: from a configuration to the objects it names, and what is measured of them."""
 
+import dataclasses
 import functools
 from collections.abc import Callable
 from typing import Any, NamedTuple
@@ -10,14 +11,14 @@ import optax
 
 from ..evaluation import attempts
 from ..models import base as models
-from ..models import partition, transformer
+from ..models import partition, pretrained, rotary, transformer
 from ..sampling import decode, logits
 from ..tasks import arithmetic, expressions
 from ..tasks import base as tasks
 from ..tasks import tokenizer as tokenizers
 from ..training import data, likelihood, step
 from ..training import state as state_lib
-from . import fields, held_out, supervised
+from . import adapters, fields, held_out, supervised
 
 
 class Experiment(NamedTuple):
@@ -35,7 +36,7 @@ class Experiment(NamedTuple):
   schedule: optax.Schedule
   optimizer: optax.GradientTransformation
   averaging: state_lib.Averaging
-  init_params: Callable[[jax.Array], models.Params]  # of a key
+  init_params: Callable[[jax.Array], Any] | None  # (key) -> what is trained; of the rest
   score: Callable[[models.Params], dict[str, Any]] | None  # `scores`, of the rest
 
 
@@ -57,6 +58,9 @@ TASKS = {
 } | {"expressions": _expressions}
 
 TOKENIZERS = {
+  "pretrained": lambda config: tokenizers.pretrained(
+    fields.existing_path("tokenizer.path", config.path)
+  ),
   "bytes": lambda config: tokenizers.bytes_level(),
   "file": lambda config: tokenizers.from_file(fields.existing_path("tokenizer.path", config.path)),
 }
@@ -73,6 +77,30 @@ ROWS = {"pad": data.pad, "first_fit": data.first_fit, "concatenate": data.concat
 # What evaluation may change: all but the network, the tokenizer and the task itself.
 FREE_TO_EVALUATE = ("seed", "data", "optimizer", "loss", "train", "evaluation", "task.levels")
 FREE_TO_RESUME = ()
+
+
+def complete(config: fields.Config) -> fields.Config:
+  """The configuration with what it takes over from the pretrained model that it starts from.
+
+  Those are all fields of its model but those that the configuration has, and its tokenizer.
+
+  Raises:
+    ValueError, FileNotFoundError: there is no such directory, or its model is not supported.
+  """
+  if "num_layers" in config.model:
+    return config
+  named = config.get("start") and config.start.get("pretrained")
+  fields.require(bool(named), "start is empty; name a pretrained directory")
+  folder = fields.existing_path("start.pretrained", config.start.pretrained)
+  c = pretrained.read_config(folder)
+  taken = {field.name: getattr(c, field.name) for field in dataclasses.fields(c)}
+  if c.rotary_scaling is not None:
+    taken["rotary_scaling"] = rotary.fields(c.rotary_scaling)
+  config = config.copy_and_resolve_references()
+  with config.unlocked():
+    config.model = {**taken, **config.model.to_dict()}
+    config.tokenizer = {"name": "pretrained", "path": folder}
+  return config.lock()
 
 
 def task_of(config: fields.Config) -> tasks.Task | None:
@@ -117,18 +145,18 @@ def build(config: fields.Config) -> Experiment:
     ValueError, FileNotFoundError: in one line, what in it is wrong, and what would be right; also
       where held-out problems or their answers do not fit.
   """
+  config = complete(config)
   _check(config)
-  task = task_of(config)
-  tokenizer = (
-    task.tokenizer
-    if task is not None
-    else fields.choose("tokenizer.name", config.tokenizer.name, TOKENIZERS)(config.tokenizer)
-  )
-  model_config = transformer.TransformerConfig(
-    vocab_size=tokenizer.vocab_size,
-    max_length=config.data.row_length + 1,  # and the last target
-    **config.model,
-  )
+  task, tokenizer = task_of(config), None
+  if config.get("tokenizer"):
+    tokenizer = fields.choose("tokenizer.name", config.tokenizer.name, TOKENIZERS)(config.tokenizer)
+  if task is not None:
+    task = task._replace(tokenizer=tokenizer or task.tokenizer)
+    tokenizer = task.tokenizer
+  sizes = {"vocab_size": tokenizer.vocab_size, "max_length": config.data.row_length + 1}
+  model_config = transformer.TransformerConfig(**{**sizes, **config.model.to_dict()})
+  fits = config.data.row_length <= model_config.max_length
+  fields.require(fits, f"data.row_length is more than the model's {model_config.max_length}")
   model = transformer.transformer(model_config)
   source, held_out = _sources(config, task, tokenizer)
   rows = fields.choose("data.rows", config.data.rows, ROWS)(config.data.row_length, tokenizer.pad)
@@ -146,13 +174,26 @@ def build(config: fields.Config) -> Experiment:
     schedule,
     optimizer,
     fields.averaging_of(config),
-    lambda key: model.init(key, jnp.zeros((1, 1), jnp.int32)),
+    init_params=None,
     score=None,
   )
-  return experiment._replace(score=scores(experiment))
+  init_params = adapters.init_params(config, functools.partial(init_model, experiment))
+  return experiment._replace(init_params=init_params, score=scores(experiment))
 
 
 stepping, share = supervised.stepping, supervised.share
+
+
+def init_model(experiment: Experiment, key: jax.Array) -> models.Params:
+  """Untrained parameters of its model, whether all of them are trained or adapters."""
+  return experiment.model.init(key, jnp.zeros((1, 1), jnp.int32))
+
+
+def frozen_shapes(experiment: Experiment) -> models.Params | None:
+  """Shapes of the parameters that adapters change; None where all are trained."""
+  if not adapters.used(experiment.config):
+    return None
+  return jax.eval_shape(functools.partial(init_model, experiment), jax.random.key(0))
 
 
 def flops(experiment: Experiment, abstract: state_lib.TrainState, shares: int, batch: Any) -> int:
@@ -160,7 +201,7 @@ def flops(experiment: Experiment, abstract: state_lib.TrainState, shares: int, b
   config = experiment.config.copy_and_resolve_references()
   with config.unlocked():
     config.model.remat = "none"
-  return supervised.flops(build(config), abstract, shares, batch)
+  return supervised.flops(build(config), abstract, shares, batch, frozen_shapes(experiment))
 
 
 def rules(experiment: Experiment) -> tuple[partition.Rule, ...]:
@@ -204,7 +245,7 @@ def sampler(experiment: Experiment, *, max_new_tokens: int):
       prompts,
       max_new_tokens=max_new_tokens,
       transform=logits.temperature(temperature),
-      stop=(experiment.tokenizer.eos,),
+      stop=experiment.tokenizer.stops,
     )
 
   return sample

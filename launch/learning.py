@@ -21,7 +21,7 @@ from ..tasks import base as tasks
 from ..tasks import workers
 from ..training import data, learning, processes, rollouts
 from ..training import state as state_lib
-from . import fields, language, methods, supervised, workdirs
+from . import adapters, fields, language, methods, supervised, workdirs
 
 # What evaluation may change: as of a language model, and all that training alone reads.
 FREE_TO_EVALUATE = (*language.FREE_TO_EVALUATE, "start", "rollouts", "method")
@@ -58,6 +58,8 @@ def complete(config: fields.Config) -> fields.Config:
   with config.unlocked():
     for section in ("model", "data", "loss", "task"):
       config[section] = saved[section]
+    if saved.get("tokenizer"):
+      config.tokenizer = saved.tokenizer
     if config.levels is not None:
       config.task.levels = config.levels
     r, evaluation = config.rollouts, config.evaluation
@@ -124,15 +126,23 @@ def problems_of(experiment: language.Experiment) -> Callable[[Any], list[tasks.P
 
 
 def sampling(
-  experiment: language.Experiment, verify_all: workers.VerifyAll
+  experiment: language.Experiment,
+  verify_all: workers.VerifyAll,
+  whole: adapters.Whole = lambda params: params,
 ) -> Callable[..., rollouts.Rollouts]:
-  """(key, params as trained, problems) -> Rollouts, as `config.rollouts` has them."""
+  """(key, params as trained, problems) -> Rollouts, as `config.rollouts` has them.
+
+  Args:
+    experiment: whose model and task.
+    verify_all: of all responses.
+    whole: the model's parameters of those that are trained.
+  """
   r, model = experiment.config.rollouts, experiment.model
   sample = rollouts.sampler(
     model,
     group_size=r.group_size,
     max_new_tokens=r.max_new_tokens,
-    stop=(experiment.tokenizer.eos,),
+    stop=experiment.tokenizer.stops,
     filters=filters_of(r),
   )
   unstacked = jax.jit(transformer.unstack)
@@ -140,7 +150,7 @@ def sampling(
   def roll_out(key, params, problems):
     return rollouts.roll_out(
       sample,
-      unstacked(params),
+      unstacked(whole(params)),
       experiment.task,
       problems,
       key,
@@ -208,6 +218,8 @@ def stepping(
   config = experiment.config
   r, method = config.rollouts, methods.build(experiment.model, config)
   offline = r.policy == "start"
+  frozen = start() if adapters.used(config) else None
+  whole = adapters.whole(config, frozen)
   reference = start() if offline or method.reference else None
   if reference is not None and r.reference == "host":
     reference = jax.device_get(reference)
@@ -221,14 +233,18 @@ def stepping(
       experiment.task.verify, num_workers=r.num_workers, timeout=r.timeout
     ) as verify_all,
   ):
-    roll_out = sampling(experiment, _agreed(verify_all))
+    verify_all = _agreed(verify_all)
+    current = sampling(experiment, verify_all, whole)
+    from_start = sampling(experiment, verify_all)
     run = learning.round_step(
       learning.Round(
-        (lambda key, params, problems: roll_out(key, reference, problems)) if offline else roll_out,
+        (lambda key, params, problems: from_start(key, reference, problems))
+        if offline
+        else current,
         REWARDS[r.reward],
         method.select,
-        completion(experiment.model, method, reference, r.temperature),
-        supervised.jitted_step(experiment, abstract),
+        _of_whole(completion(experiment.model, method, reference, r.temperature), whole),
+        supervised.jitted_step(experiment, abstract, frozen),
         log.write,
       ),
       capacity=capacity(config, method),
@@ -236,6 +252,10 @@ def stepping(
       num_epochs=config.train.num_epochs,
     )
     yield lambda key, state, batch: run(key, state, problems(batch))
+
+
+def _of_whole(complete, whole):
+  return lambda params, minibatch: complete(whole(params), minibatch)
 
 
 def _agreed(verify_all: workers.VerifyAll) -> workers.VerifyAll:

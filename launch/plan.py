@@ -9,6 +9,7 @@ Parameters and what the optimiser keeps are exact. The peak of a step is read of
 """
 
 import dataclasses
+import functools
 import json
 import math
 from collections.abc import Sequence
@@ -22,9 +23,9 @@ from absl import flags as absl_flags
 from jax.sharding import AbstractMesh
 
 from ..models import partition, transformer
-from ..training import budget, chips, data, likelihood, memory
+from ..training import budget, chips, data, likelihood, memory, sharding
+from . import adapters, fields, flags, language, supervised
 from . import experiment as experiment_lib
-from . import fields, flags, supervised
 
 _CHIP = absl_flags.DEFINE_enum("chip", "h100", sorted(chips.BY_NAME), "The devices there would be.")
 _DEVICES = absl_flags.DEFINE_integer("devices", 1, "How many of them.", lower_bound=1)
@@ -71,13 +72,16 @@ def plan(config: fields.Config, chip: chips.Chip, num_devices: int) -> Plan:
     )
   rows = config.train.batch_size / parts / mesh.shape["sequence"]
   share = _share(experiment, mesh.shape["tensor"])
-  own = budget.held(abstract)
+  frozen = _frozen(experiment, mesh)
+  own = budget.held(abstract, frozen)
   peak = budget.peak(
-    supervised.step_of(share),
+    lambda frozen, *args: supervised.step_of(share, frozen)(*args),
     experiment_lib.abstract_state(share, _without_tensor(mesh)),
     _rows(batch, math.ceil(rows / config.train.num_microbatches) * config.train.num_microbatches),
+    _frozen(share, _without_tensor(mesh)),
   )
-  num_params = sum(math.prod(x.shape) for x in jax.tree.leaves(abstract.params))
+  whole = abstract.params if frozen is None else frozen
+  num_params = sum(math.prod(x.shape) for x in jax.tree.leaves(whole))
   moved = budget.traffic(
     own,
     peak,
@@ -88,7 +92,7 @@ def plan(config: fields.Config, chip: chips.Chip, num_devices: int) -> Plan:
     remade=config.model.get("remat", "none") != "none",
     layers=_layers(experiment, batch),
   )
-  flops = supervised.flops(experiment, abstract, 1, batch)
+  flops = supervised.flops(experiment, abstract, 1, batch, frozen)
   return Plan(
     num_params,
     dict(mesh.shape),
@@ -101,6 +105,14 @@ def plan(config: fields.Config, chip: chips.Chip, num_devices: int) -> Plan:
     moved,
     budget.roofline(flops, moved, chip, num_devices),
   )
+
+
+def _frozen(experiment: Any, mesh: AbstractMesh) -> Any:
+  """Shapes of what adapters change, and where it is; None where all is trained."""
+  if not adapters.used(experiment.config):
+    return None
+  shapes, rules = language.frozen_shapes(experiment), language.rules(experiment)
+  return sharding.located(shapes, partition.shardings(shapes, mesh, rules))
 
 
 def _batch(experiment: Any, batch_size: int) -> Any:
@@ -135,12 +147,13 @@ def _share(experiment: Any, tensor: int) -> Any:
     vocab_size=part(c.vocab_size),
   )
   model = transformer.transformer(share)
-  return experiment._replace(
+  made = experiment._replace(
     model_config=share,
     model=model,
     loss_fn=likelihood.next_token(model, **experiment.config.loss),
-    init_params=lambda key: model.init(key, jnp.zeros((1, 1), jnp.int32)),
   )
+  init = functools.partial(language.init_model, made)
+  return made._replace(init_params=adapters.init_params(experiment.config, init))
 
 
 def _layers(experiment: Any, batch: Any) -> budget.Layers | None:
@@ -174,7 +187,7 @@ def table(found: Plan, chip: chips.Chip, num_devices: int) -> rich.table.Table:
   for name, value in {
     "parameters": f"{found.num_params:,}",
     "on each device": "",
-    "  parameters": _bytes(found.held.params),
+    "  parameters": _bytes(found.held.params + found.held.frozen),
     "  optimiser": _bytes(found.held.optimizer),
     "  average": _bytes(found.held.average),
     "  gradients, activations": _bytes(found.peak - sum(found.held)),

@@ -8,9 +8,9 @@ from typing import Any
 
 import jax
 
-from ..training import cost, sharding, step
+from ..training import cost, lora, sharding, step
 from ..training import state as state_lib
-from . import fields
+from . import adapters, fields
 
 
 def share(config: fields.Config, mesh: jax.sharding.Mesh) -> tuple[int, int]:
@@ -30,12 +30,23 @@ def everything(config: fields.Config, mesh: jax.sharding.Mesh) -> tuple[int, int
   return 0, 1
 
 
-def flops(experiment: Any, abstract: state_lib.TrainState, shares: int, batch: Any) -> int:
-  """Of a step on all devices, from batches of which this is one of `shares` parts."""
+def flops(
+  experiment: Any, abstract: state_lib.TrainState, shares: int, batch: Any, frozen: Any = None
+) -> int:
+  """Of a step on all devices, from batches of which this is one of `shares` parts.
+
+  Args:
+    experiment: whose step.
+    abstract: shapes of its state.
+    shares: in how many parts a batch is read.
+    batch: one of them.
+    frozen: shapes of the parameters that adapters change.
+  """
   whole = lambda x: jax.ShapeDtypeStruct(
     (x.shape[0] * shares, *x.shape[1:]), jax.dtypes.canonicalize_dtype(x.dtype)
   )
-  return cost.flops(step_of(experiment), jax.random.key(0), abstract, jax.tree.map(whole, batch))
+  run = lambda frozen, *args: step_of(experiment, frozen)(*args)
+  return cost.flops(run, frozen, jax.random.key(0), abstract, jax.tree.map(whole, batch))
 
 
 @contextlib.contextmanager
@@ -50,26 +61,39 @@ def stepping(
 
   A batch is this process's part.
   """
-  del workdir, done, start
-  update, mesh = jitted_step(experiment, abstract), sharding.mesh_of(abstract)
+  del workdir, done
+  frozen = start() if adapters.used(experiment.config) else None
+  update, mesh = jitted_step(experiment, abstract, frozen), sharding.mesh_of(abstract)
   yield lambda key, state, batch: update(key, state, sharding.rows(batch, mesh))
 
 
-def step_of(experiment: Any) -> Callable[..., Any]:
+def step_of(experiment: Any, frozen: Any = None) -> Callable[..., Any]:
   """`step.train_step` of the experiment: (key, state, batch) -> (state, metrics)."""
+  loss_fn = experiment.loss_fn
+  if adapters.used(experiment.config):
+    loss_fn = lora.adapted(loss_fn, frozen, adapters.scale(experiment.config))
   return functools.partial(
     step.train_step,
-    loss_fn=experiment.loss_fn,
+    loss_fn=loss_fn,
     optimizer=experiment.optimizer,
     averaging=experiment.averaging,
     num_microbatches=experiment.config.train.num_microbatches,
   )
 
 
-def jitted_step(experiment: Any, abstract: state_lib.TrainState) -> Callable[..., Any]:
-  """`step_of` the experiment, jitted; the state is donated, and stays where it is."""
-  return jax.jit(
-    step_of(experiment),
-    donate_argnums=1,
-    out_shardings=(sharding.shardings(abstract), None),
-  )
+def jitted_step(
+  experiment: Any, abstract: state_lib.TrainState, frozen: Any = None
+) -> Callable[..., Any]:
+  """`step_of` the experiment, jitted; the state is donated, and stays where it is.
+
+  Args:
+    experiment: whose step.
+    abstract: shapes of its state, and where they are.
+    frozen: parameters that adapters change; None where all are trained.
+  """
+
+  @functools.partial(jax.jit, donate_argnums=1, out_shardings=(sharding.shardings(abstract), None))
+  def update(key, state, batch, frozen):
+    return step_of(experiment, frozen)(key, state, batch)
+
+  return lambda key, state, batch: update(key, state, batch, frozen)

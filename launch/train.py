@@ -19,7 +19,7 @@ import os
 import pathlib
 import signal
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any, NamedTuple, NoReturn
 
 import jax
@@ -27,8 +27,8 @@ import jax
 from ..training import averaging, checkpoint, data, guard, loop, metrics, monitor, sharding
 from ..training import processes as processes_lib
 from ..training import state as state_lib
+from . import adapters, fields, flags, processes, workdirs
 from . import experiment as experiment_lib
-from . import fields, flags, processes, workdirs
 
 READS = (flags.CONFIG, flags.WORKDIR, flags.SEEDS, flags.SWEEP, flags.PROFILE, *processes.FLAGS)
 # What may differ between a run and its resumption: how long it is, and what is kept of it.
@@ -133,10 +133,11 @@ def _stopwatch(run: Run, kind: experiment_lib.Kind) -> monitor.Stopwatch:
 
 
 @contextlib.contextmanager
-def _stepping(run: Run, kind: experiment_lib.Kind, profile: bool) -> Iterator[Any]:
+def _stepping(
+  run: Run, kind: experiment_lib.Kind, start: Callable[[], Any], profile: bool
+) -> Iterator[Any]:
   """Within it, the (state, batch) -> (state, metrics) of the run."""
   mesh, done = sharding.mesh_of(run.abstract), int(run.state.step)
-  start = lambda: experiment_lib.start_params(run.experiment.config, mesh)
   with (
     jax.set_mesh(mesh),
     kind.stepping(run.experiment, run.abstract, run.workdir, done, start) as step,
@@ -164,6 +165,10 @@ def train(run: Run, *, profile: bool = False) -> state_lib.TrainState:
   config = fields.to_json(experiment.config)
   if jax.process_index() == 0:
     (run.workdir / "config.json").write_text(json.dumps(config, indent=1))
+  mesh = sharding.mesh_of(run.abstract)
+  start = functools.cache(lambda: experiment_lib.start_params(experiment.config, mesh))
+  adapted = adapters.used(experiment.config)
+  whole = adapters.whole(experiment.config, start() if adapted else None)
   writer, watch = _writer(run), _stopwatch(run, kind)
   scored: dict[int, dict[str, float]] = {}  # the last evaluation, for the checkpoint of its step
 
@@ -174,14 +179,14 @@ def train(run: Run, *, profile: bool = False) -> state_lib.TrainState:
 
   def evaluate(done, state):
     scored.clear()
-    found = experiment.score(kind.finished(averaging.used(state)))
+    found = experiment.score(kind.finished(whole(averaging.used(state))))
     scored[done] = metrics.write_all(writer, done, found)
 
   def save(done, state):
     checkpoint.save(run.manager, done, state, data.get_state(run.batches), config, scored.get(done))
 
   try:
-    with _stepping(run, kind, profile) as step:
+    with _stepping(run, kind, start, profile) as step:
       return loop.fit(
         run.state,
         watch.batches(run.batches),

@@ -61,7 +61,7 @@ def resumed(config: fields.Config, workdir: str) -> fields.Config:
 
   For a command that is given again: "the latest" may be another checkpoint by now.
   """
-  if not config.get("start") or config.start.step is not None:
+  if not config.get("start") or "workdir" not in config.start or config.start.step is not None:
     return config
   try:
     saved = saved_config(workdir)

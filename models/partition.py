@@ -140,19 +140,25 @@ def specs(tree: Any, sizes: Mapping[str, int], rules_: Sequence[Rule]) -> Any:
     rules_: the first that matches counts.
   """
 
-  def spec(path, leaf):
-    name = jax.tree_util.keystr(path, simple=True, separator="/")
-    for rule in rules_:
-      if re.search(rule.pattern, name):
-        return fitted(rule.spec, leaf.shape, sizes, unit=rule.unit)
-    return PartitionSpec()
+  return jax.tree_util.tree_map_with_path(lambda path, leaf: _spec(path, leaf, sizes, rules_), tree)
 
-  return jax.tree_util.tree_map_with_path(spec, tree)
+
+def _spec(path, leaf, sizes, rules_) -> PartitionSpec:
+  name = jax.tree_util.keystr(path, simple=True, separator="/")
+  for rule in rules_:
+    if re.search(rule.pattern, name):
+      return fitted(rule.spec, leaf.shape, sizes, unit=rule.unit)
+  return PartitionSpec()
 
 
 def shardings(tree: Any, mesh: Mesh, rules_: Sequence[Rule]) -> Any:
   """`specs` as NamedShardings."""
   return jax.tree.map(lambda spec: NamedSharding(mesh, spec), specs(tree, mesh.shape, rules_))
+
+
+def placing(mesh: Mesh, rules_: Sequence[Rule]) -> Any:
+  """(path, leaf) -> its NamedSharding by the rules; see `pretrained.read`."""
+  return lambda path, leaf: NamedSharding(mesh, _spec(path, leaf, mesh.shape, rules_))
 
 
 def ambient() -> dict[str, int]:

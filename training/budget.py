@@ -16,9 +16,10 @@ from . import state as state_lib
 class Held(NamedTuple):
   """Bytes on one device, of what lives as long as the run."""
 
-  params: int
+  params: int  # that are trained
   optimizer: int
   average: int
+  frozen: int  # parameters that adapters change
 
 
 class Traffic(NamedTuple):
@@ -39,14 +40,17 @@ class Layers(NamedTuple):
   key_values: int  # bytes of keys and values of one layer, [2, L, K C]
 
 
-def held(abstract: state_lib.TrainState) -> Held:
-  """Exactly what each device holds of a state (see `sharding.of_state`)."""
+def held(abstract: state_lib.TrainState, frozen: Any = None) -> Held:
+  """Exactly what each device holds of a state (see `sharding.of_state`) and of what is frozen."""
   local = lambda x: memory.nbytes(x.sharding.shard_shape(x.shape), x.dtype)
   total = lambda tree: sum(map(local, jax.tree.leaves(tree)))
-  return Held(total(abstract.params), total(abstract.optimizer), total(abstract.average))
+  parts = (abstract.params, abstract.optimizer, abstract.average, frozen)
+  return Held(*map(total, parts))
 
 
-def peak(step: Callable[..., Any], abstract: state_lib.TrainState, batch: Any) -> int:
+def peak(
+  step: Callable[..., Any], abstract: state_lib.TrainState, batch: Any, frozen: Any = None
+) -> int:
   """Bytes that one device holds at most in a step; see `memory.peak`.
 
   What is split over "data" and "fsdp" is told by its shape, that of an array of the state. Over
@@ -54,20 +58,23 @@ def peak(step: Callable[..., Any], abstract: state_lib.TrainState, batch: Any) -
   come on top.
 
   Args:
-    step: (key, state, batch) -> (state, metrics), of the share of the model that "tensor" leaves.
+    step: (frozen, key, state, batch) -> (state, metrics), of the share of the model that "tensor"
+      leaves.
     abstract: the state of that, and where it is.
     batch: shapes of the rows that the device has.
+    frozen: parameters that adapters change, and where they are.
   """
   split = {
     x.shape: memory.nbytes(x.sharding.shard_shape(x.shape), x.dtype)
-    for x in jax.tree.leaves(abstract)
+    for x in jax.tree.leaves((abstract, frozen))
     if len(x.shape) > 1
   }
   size = lambda shape, dtype: split.get(tuple(shape)) or memory.nbytes(shape, dtype)
-  plain = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype), abstract)
-  most = memory.peak(step, jax.random.key(0), plain, batch, size=size)
+  plain = lambda tree: jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype), tree)
+  most = memory.peak(step, plain(frozen), jax.random.key(0), plain(abstract), batch, size=size)
   mesh = jax.tree.leaves(abstract)[0].sharding.mesh
-  return most + (2 * _gathered(abstract.params) if mesh.shape["fsdp"] > 1 else 0)
+  whole = abstract.params if frozen is None else frozen
+  return most + (2 * _gathered(whole) if mesh.shape["fsdp"] > 1 else 0)
 
 
 def _gathered(params: Any) -> int:

@@ -45,7 +45,7 @@ def example(
   last piece that is not. Pieces are encoded apart, so where a tokenizer would merge characters
   across their border, it does not.
   """
-  parts = [([tokenizer.bos, *tokenizer.encode(prompt)], False)]
+  parts = [(tokenizer.opened(prompt), False)]
   parts += [(tokenizer.encode(piece.text), piece.learn) for piece in pieces]
   parts.append(([tokenizer.eos], pieces[-1].learn))
   return {

@@ -44,7 +44,7 @@ class Source:
 
 
 def _example(tokenizer, prompt: str, answer: str, index: int) -> Example:
-  head = [tokenizer.bos, *tokenizer.encode(prompt)]
+  head = tokenizer.opened(prompt)
   tail = [*tokenizer.encode(answer), tokenizer.eos]
   mask = np.arange(len(head) + len(tail)) >= len(head)
   return {"tokens": np.asarray(head + tail, np.int32), "mask": mask, "index": index}

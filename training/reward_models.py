@@ -256,7 +256,7 @@ def step_row(
   Raises:
     ValueError: a step without tokens, or a row that is too short.
   """
-  tokens = [tokenizer.bos, *tokenizer.encode(prompt)]
+  tokens = tokenizer.opened(prompt)
   label, ends = np.zeros(length, np.float32), np.zeros(length, np.float32)
   for text, value in zip(steps, correct, strict=True):
     if not (added := tokenizer.encode(text)):

@@ -155,7 +155,7 @@ def roll_out(
   start = time.perf_counter()
   at_once = min(max(batch_size // group_size, 1), len(problems))
   prompts = decode.pad_prompts(
-    [[task.tokenizer.bos, *task.tokenizer.encode(problem.prompt)] for problem in problems],
+    [task.tokenizer.opened(problem.prompt) for problem in problems],
     vocab_size=task.tokenizer.vocab_size,
     max_length=max_length,
     max_new_tokens=max_new_tokens,

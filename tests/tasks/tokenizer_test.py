@@ -1,3 +1,4 @@
+import json
 import sys
 
 import pytest
@@ -94,3 +95,149 @@ def test_file_errors(tmp_path, monkeypatch):
   monkeypatch.setitem(sys.modules, "tokenizers", None)
   with pytest.raises(ImportError, match=r"pip install 'ancestral\[tokenizers\]'"):
     tokenizer.from_file(tmp_path / "bad.json")
+
+
+def write_model(folder, specials=("<|endoftext|>", "<|im_end|>"), settings=None, ids=None, **files):
+  """A model's directory: its tokenizer, and what the files beside it say."""
+  made = _write(folder / "tokenizer.json", specials)
+  for name, fields in {
+    "tokenizer_config": settings or {},
+    "generation_config": ids or {},
+    **files,
+  }.items():
+    (folder / f"{name}.json").write_text(json.dumps(fields))
+  return made
+
+
+def begin_with(made, folder, *tokens):
+  library = pytest.importorskip("tokenizers")
+  made.post_processor = library.processors.TemplateProcessing(
+    single=" ".join([*tokens, "$A", "<|im_end|>"]),
+    special_tokens=[(name, made.token_to_id(name)) for name in {*tokens, "<|im_end|>"}],
+  )
+  made.save(str(folder / "tokenizer.json"))
+
+
+def test_how_a_text_begins():
+  code = tokenizer.characters("ab")
+  assert code.opened("ab") == [1, 3, 4] and code.opened("") == [1]
+  bare = code._replace(adds_bos=False)
+  assert bare.opened("ab") == [3, 4] and bare.opened("") == [1]
+  assert code.stops == (2,) and code._replace(other_stops=(3,)).stops == (2, 3)
+
+
+def test_a_model_without_a_beginning(tmp_path):
+  """As Qwen: texts begin with themselves, an answer with <|im_end|> or <|endoftext|>."""
+  write_model(
+    tmp_path,
+    settings={"eos_token": {"content": "<|im_end|>"}, "pad_token": "<|endoftext|>"},
+    ids={"eos_token_id": [1, 0], "bos_token_id": None},
+    config={"bos_token_id": 0, "eos_token_id": 1, "pad_token_id": -1},
+  )
+  code = tokenizer.pretrained(tmp_path)
+  assert (code.pad, code.bos, code.eos, code.stops) == (0, 0, 1, (1, 0))
+  assert code.opened("the cat") == code.encode("the cat") and code.opened("") == [0]
+  assert code.decode([0, *code.encode("the cat"), 1, 0]) == "the cat"
+
+
+@pytest.mark.parametrize("stated", [True, False, None])
+def test_the_post_processor_says_how_a_text_begins_unless_the_settings_do(tmp_path, stated):
+  settings = {} if stated is None else {"add_bos_token": stated}
+  made = write_model(tmp_path, ["<s>", "<|im_end|>"], settings, {"eos_token_id": 1})
+  if stated is None:
+    begin_with(made, tmp_path, "<s>")
+  code = tokenizer.pretrained(tmp_path)
+  assert code.adds_bos is (stated is not False)
+  assert code.opened("at") == [0, *code.encode("at")][stated is False :]
+  assert (code.bos, code.eos, code.pad) == (0, 1, 1)  # padding has no token of its own
+
+
+def test_the_beginning_may_be_known_from_the_post_processor_alone(tmp_path):
+  made = write_model(tmp_path, ["<|im_end|>", "<begin>"], {"eos_token": "<|im_end|>"})
+  begin_with(made, tmp_path, "<begin>")
+  code = tokenizer.pretrained(tmp_path)
+  assert (code.bos, code.eos, code.opened("")) == (1, 0, [1])
+  begin_with(made, tmp_path, "<begin>", "<begin>")
+  with pytest.raises(ValueError, match=r"texts begin with the tokens \[1, 1\]; one is supported"):
+    tokenizer.pretrained(tmp_path)
+
+
+def test_ids_beyond_the_vocabulary_are_no_text(tmp_path):
+  write_model(tmp_path)
+  code = tokenizer.pretrained(tmp_path)
+  ids = code.encode("cat")
+  assert code.decode([code.vocab_size, ids[0], 10**6, *ids[1:]]) == "cat"
+
+
+def test_a_models_directory_has_to_hold_a_tokenizer(tmp_path):
+  with pytest.raises(FileNotFoundError, match=r"no tokenizer file .*tokenizer.json"):
+    tokenizer.pretrained(tmp_path)
+  write_model(tmp_path, ["<mask>"])
+  with pytest.raises(ValueError, match="no eos token among"):
+    tokenizer.pretrained(tmp_path)
+  (tmp_path / "config.json").write_text("[1, 2]")
+  with pytest.raises(ValueError, match=r"config.json is not an object in JSON"):
+    tokenizer.pretrained(tmp_path)
+
+
+def test_a_continuation_keeps_the_space_before_it(tmp_path):
+  """Tokens that hold the space before their word, as Llama 2's do, whose first loses it."""
+  library = pytest.importorskip("tokenizers")
+  words = {"<s>": 0, "</s>": 1, "\u2581the": 2, "\u2581cat": 3, "s": 4}
+  made = library.Tokenizer(library.models.BPE(words, []))
+  made.decoder = library.decoders.Metaspace()
+  made.save(str(tmp_path / "tokenizer.json"))
+  code = tokenizer.pretrained(tmp_path)
+  assert code.decode([2, 3, 4]) == "the cats" and code.decode([3, 4]) == "cats"
+  assert code.continued([2], [3, 4]) == " cats" and code.continued([2, 3], [4]) == "s"
+  assert code.continued([], [2, 3]) == "the cat"
+  plain = tokenizer.characters("ab")
+  assert plain.continued([1, 3], [4, 3, 2]) == plain.decode([4, 3, 2]) == "ba"
+
+
+TEXT = "plain, ünïcødé, 漢字, \0\n<s></s> \U0001f600"
+
+
+def _alphabet(folder):
+  return tokenizer.characters(sorted(set(TEXT)))
+
+
+def _file(folder):
+  _write(folder / "t.json", ["</s>", "<pad>", "<s>"], noisy=True)
+  return tokenizer.from_file(folder / "t.json")
+
+
+@pytest.mark.parametrize("make", [_alphabet, lambda folder: tokenizer.bytes_level(), _file])
+def test_files_of_a_tokenizer_read_back_the_same(tmp_path, make):
+  pytest.importorskip("tokenizers")
+  code = make(tmp_path)
+  for name, data in code.files().items():
+    (tmp_path / name).write_bytes(data)
+  again = tokenizer.pretrained(tmp_path)
+  assert again[2:8] == code[2:8]  # sizes, specials, and how texts begin
+  assert again.encode(TEXT) == code.encode(TEXT) and again.opened(TEXT) == code.opened(TEXT)
+  ids = [code.bos, *code.encode(TEXT), code.eos, code.pad]
+  assert again.decode(ids) == code.decode(ids)
+  assert again.files() == {
+    name: (tmp_path / name).read_bytes() for name in ("tokenizer.json", "tokenizer_config.json")
+  }
+
+
+def test_files_of_characters_know_no_others(tmp_path):
+  pytest.importorskip("tokenizers")
+  for name, data in tokenizer.characters("12+=").files().items():
+    (tmp_path / name).write_bytes(data)
+  code = tokenizer.pretrained(tmp_path)
+  assert code.opened("1+1=") == [1, 3, 5, 3, 6]
+  with pytest.raises(ValueError, match=r"no tokens for '1\+x'"):
+    code.encode("1+x")
+
+
+def test_bytes_that_are_no_text_decode_alike(tmp_path):
+  pytest.importorskip("tokenizers")
+  code = tokenizer.bytes_level()
+  for name, data in code.files().items():
+    (tmp_path / name).write_bytes(data)
+  again = tokenizer.pretrained(tmp_path)
+  for cut in (b"a\xff", b"\xe6\xbc", b"\xe6\xbcb", b"\x80\x80", b"\xf0\x9f\x98x\xc3"):
+    assert again.decode([3 + byte for byte in cut]) == code.decode([3 + byte for byte in cut])
