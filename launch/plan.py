@@ -62,7 +62,7 @@ def plan(config: fields.Config, chip: chips.Chip, num_devices: int) -> Plan:
   sizes = partition.shape(num_devices, **fields.mesh_sizes(config))
   mesh = AbstractMesh(sizes, partition.AXES)
   abstract = experiment_lib.abstract_state(experiment, mesh)
-  batch = _batch(experiment, config.train.batch_size)
+  batch = batch_of(experiment, config.train.batch_size)
   parts = mesh.shape["data"] * mesh.shape["fsdp"]
   at_once = parts * config.train.num_microbatches
   if config.train.batch_size % at_once:
@@ -115,7 +115,7 @@ def _frozen(experiment: Any, mesh: AbstractMesh) -> Any:
   return sharding.located(shapes, partition.shardings(shapes, mesh, rules))
 
 
-def _batch(experiment: Any, batch_size: int) -> Any:
+def batch_of(experiment: Any, batch_size: int) -> Any:
   """Shapes of a global batch; one is made."""
   stream = data.batches(
     experiment.source, experiment.rows, batch_size=batch_size, process_index=0, process_count=1
