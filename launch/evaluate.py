@@ -15,10 +15,10 @@ from typing import Any
 import jax
 import rich.console
 
-from . import answers, distances, flags, preferences
+from . import answers, distances, flags, preferences, processes
 from . import experiment as experiment_lib
 
-READS = flags.CHECKPOINT
+READS = (*flags.CHECKPOINT, *processes.FLAGS)
 # Each has FLAGS, those that it reads, and evaluate(experiment, params, workdir, console), which
 # prints, and returns JSON.
 KINDS = {
@@ -40,15 +40,18 @@ def write(workdir: str, result: dict[str, Any]) -> pathlib.Path:
 def main(_: Sequence[str]) -> None:
   """Evaluates the checkpoint of --workdir."""
   with flags.one_line_errors():
+    processes.start()
     wanted = flags.checkpoint()
     experiment, params, step = experiment_lib.restore_params(**wanted)
     kind = experiment_lib.kind_of(experiment.config, KINDS)
     flags.refuse_others([flag for kind in KINDS.values() for flag in kind.FLAGS], kind.FLAGS)
-  console = rich.console.Console(highlight=False)
+  first = jax.process_index() == 0  # the others only compute
+  console = rich.console.Console(highlight=False, quiet=not first)
   with jax.set_mesh(wanted["mesh"]):
     result = kind.evaluate(experiment, params, wanted["workdir"], console)
-  path = write(wanted["workdir"], {"step": step, **result})
-  console.print(f"Step {step}; written to {path}", markup=False, soft_wrap=True)
+  if first:
+    path = write(wanted["workdir"], {"step": step, **result})
+    console.print(f"Step {step}; written to {path}", markup=False, soft_wrap=True)
 
 
 if __name__ == "__main__":

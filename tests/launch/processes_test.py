@@ -1,7 +1,6 @@
 """Runs of several processes over loopback: the losses of one, a stop for all, and a killed one."""
 
 import os
-import pathlib
 import shutil
 import signal
 import socket
@@ -43,12 +42,12 @@ def free_port():
 class Run:
   """Processes that train together in a workdir; their standard error goes to files."""
 
-  def __init__(self, folder: pathlib.Path, workdir: pathlib.Path, num: int, *flags: str):
+  def __init__(self, folder, workdir, num, *flags, binary="train", config=CONFIG):
     self.folder, self.workdir = folder, workdir
-    (folder / "config.py").write_text(CONFIG)
+    (folder / "config.py").write_text(config)
     port = free_port()
-    command = [sys.executable, "-m", "ancestral.launch.train", f"--config={folder / 'config.py'}"]
-    command += [f"--workdir={workdir}", "--config.train.num_steps=24", *flags]
+    command = [sys.executable, "-m", f"ancestral.launch.{binary}", f"--workdir={workdir}"]
+    command += [f"--config={folder / 'config.py'}", *flags]
     self.logs = [folder / f"process_{i}.log" for i in range(num)]
     self.processes = []
     for i, log in enumerate(self.logs):
@@ -93,12 +92,18 @@ def steps(workdir):
 
 
 @pytest.fixture(scope="module")
-def alone(tmp_path_factory):
-  """The losses of a run of one process."""
+def alone_run(tmp_path_factory):
+  """A run of one process."""
   folder = tmp_path_factory.mktemp("alone")
   run = Run(folder, folder / "run", 1)
   assert run.wait() == [0], run.said()
-  return losses(folder / "run")
+  return folder / "run"
+
+
+@pytest.fixture(scope="module")
+def alone(alone_run):
+  """The losses of a run of one process."""
+  return losses(alone_run)
 
 
 @pytest.fixture(scope="module")
@@ -158,3 +163,38 @@ def test_one_that_never_comes_is_waited_for_so_long(tmp_path):
   run.processes[1].kill()
   assert run.wait()[0] != 0
   assert "DEADLINE_EXCEEDED" in run.logs[0].read_text(), run.said()
+
+
+LEARN = """
+from ancestral.configs import policy
+
+
+def get_config():
+  config = policy.get_config("grpo")
+  with config.unlocked():
+    config.start.workdir = "{start}"
+    config.rollouts.update(group_size=4, num_workers=1, reward="random")
+    config.train.update(num_steps=3, batch_size=8, evaluate_every=3, save_every=3)
+    config.evaluation.update(num_problems=4, num_samples=1, batch_size=8)
+  return config.lock()
+"""
+
+
+@pytest.mark.slow
+def test_two_learn_from_samples_as_one_and_evaluate(alone_run, tmp_path):
+  config, found = LEARN.format(start=alone_run), []
+  for num in (1, 2):
+    workdir = tmp_path / f"run_{num}"
+    run = Run(tmp_path, workdir, num, config=config)
+    assert run.wait() == [0] * num, run.said()
+    found.append([(m["loss"], m["reward"], m["length"]) for m in rounds(workdir)])
+    run = Run(tmp_path, workdir, num, binary="evaluate", config=config)
+    assert run.wait() == [0] * num, run.said()
+    found[-1].append((workdir / "evaluation.json").read_text())
+    found[-1].append((workdir / "rollouts.jsonl").read_text().count('"text"'))
+  np.testing.assert_allclose(*[rows[:3] for rows in found], atol=1e-5)
+  assert found[0][3:] == found[1][3:] and found[0][4] == 3 * 8 * 4
+
+
+def rounds(workdir):
+  return [m for m in metrics.read_jsonl(workdir / "metrics.jsonl") if "reward" in m]
