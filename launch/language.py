@@ -322,7 +322,8 @@ def _shown(made: list[attempts.Attempt], most: int = 12) -> str:
 
 def _texts(experiment: Experiment, num: int = 4, most: int = 128) -> Callable[[Any], str]:
   """A function of params: texts drawn from the model's law, from the beginning, in Markdown."""
-  num_new = min(experiment.config.evaluation.max_new_tokens, most)
+  longest = experiment.model_config.max_length - 1
+  num_new = min(experiment.config.evaluation.max_new_tokens, most, longest)
   sample = sampler(experiment, max_new_tokens=num_new)
 
   def write(params):

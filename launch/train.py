@@ -223,6 +223,7 @@ def main(_: Sequence[str]) -> None:
     runs = flags.runs()
     for _, config in runs[1:]:  # a mistake in the last is not for the end of the first
       experiment_lib.build(config)
+  num_diverged = 0  # the other runs of a sweep go on
   for workdir, config in runs:
     with flags.one_line_errors():
       run = open_run(config, workdir)
@@ -230,14 +231,19 @@ def main(_: Sequence[str]) -> None:
       f"{workdir}: from step {int(run.state.step)} to {config.train.num_steps}", file=sys.stderr
     )
     try:
-      with processes_lib.together(timeout=processes.patience()):
+      with processes_lib.together(workdir, timeout=processes.patience()):
         train(run, profile=flags.PROFILE.value)
     except (loop.Interrupted, KeyboardInterrupt) as stop:
       interrupted(workdir, stop)
+    except loop.Diverged as bad:
+      print(f"{workdir}: {bad} {' '.join(bad.__notes__)}", file=sys.stderr)
+      num_diverged += 1
+      continue
     print(
       f"{workdir}: done. Next: python -m ancestral.launch.evaluate --workdir={workdir}",
       file=sys.stderr,
     )
+  sys.exit(1 if num_diverged else 0)
 
 
 if __name__ == "__main__":

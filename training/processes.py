@@ -45,7 +45,7 @@ def barrier(name: str, *, timeout: float) -> None:
 
 
 @contextlib.contextmanager
-def together(*, timeout: float) -> Iterator[None]:
+def together(name: str, *, timeout: float) -> Iterator[None]:
   """What fails within it on one process, fails with the name of those that are gone.
 
   Where a process is killed, the others' sums over devices fail at once, or hang. Neither says who.
@@ -54,6 +54,7 @@ def together(*, timeout: float) -> Iterator[None]:
   the process that leads is killed, 0, it ends them at once: "the leader task was preempted / died".
 
   Args:
+    name: of what is done, never used twice.
     timeout: seconds, above that of the heartbeat.
 
   Raises:
@@ -62,7 +63,7 @@ def together(*, timeout: float) -> Iterator[None]:
   try:
     yield
   except Exception:
-    barrier("the end of a failed run", timeout=timeout)
+    barrier(f"the end of {name}", timeout=timeout)
     raise
 
 
