@@ -81,6 +81,7 @@ def get_config(variant: str = "tiny") -> ml_collections.ConfigDict:
         "positions": "learned",  # rotary takes about twice the steps on sums; none
         "dropout": v["dropout"],
         "dtype": "float32",
+        "attention": "exact",  # or xla, cudnn: the library's
         "remat": "none",  # or full, products: made again backward, for less memory
       },
       "optimizer": {

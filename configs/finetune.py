@@ -44,6 +44,7 @@ def get_config(variant: str = "pairs") -> ml_collections.ConfigDict:
       "model": {  # the rest is the pretrained model's
         "dropout": 0.0,
         "dtype": "bfloat16",  # of the computation; parameters are float32
+        "attention": "exact",  # or xla, cudnn: the library's
         "remat": "full",
       },
       "lora": adapters.section(),

@@ -61,6 +61,7 @@ def get_config(variant: str = "folder") -> ml_collections.ConfigDict:
         "positions": "rotary",  # or learned, none
         "dropout": 0.0,
         "dtype": "float32",
+        "attention": "exact",  # or xla, cudnn: the library's
         "remat": "none",  # or full, products: made again backward, for less memory
       },
       "optimizer": {

@@ -108,7 +108,11 @@ KINDS: Mapping[str, Kind] = {
 }
 
 
-HOW = ("mesh", "model.remat")  # fields that say how something is computed, not what
+HOW = (
+  "mesh",
+  "model.attention",
+  "model.remat",
+)  # fields that say how something is computed, not what
 
 
 def kind_of(config: fields.Config, kinds: Mapping[str, Any] = KINDS) -> Any:

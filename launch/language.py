@@ -200,7 +200,7 @@ def flops(experiment: Experiment, abstract: state_lib.TrainState, shares: int, b
   """See `supervised.flops`; without what is made again backward, as utilisation is counted."""
   config = experiment.config.copy_and_resolve_references()
   with config.unlocked():
-    config.model.remat = "none"
+    config.model.update(remat="none", attention="exact")
   return supervised.flops(build(config), abstract, shares, batch, frozen_shapes(experiment))
 
 

@@ -2,7 +2,7 @@
 
 from collections.abc import Mapping
 
-from ..training import checkpoint
+from ..training import checkpoint, processes
 from . import fields
 
 
@@ -49,6 +49,7 @@ def started(config: fields.Config) -> tuple[fields.Config, fields.Config]:
   if step is None:
     with checkpoint.open_manager(checkpoints(c.workdir), create=False) as manager:
       step = checkpoint.best_step(manager, quality) if c.best else manager.latest_step()
+  step = processes.from_first(step)  # the other run may go on meanwhile
   saved = saved_config(c.workdir, step)
   config = config.copy_and_resolve_references()
   with config.unlocked():

@@ -5,6 +5,7 @@ of a head, D model width. Heads come before positions, the order in which decodi
 """
 
 import functools
+from collections.abc import Callable
 from typing import NamedTuple
 
 import jax
@@ -86,6 +87,47 @@ def attend(
   )
   mixed = mixed / jnp.where(total > 0, total, 1)
   return mixed.astype(query.dtype).reshape(batch, num_heads, length, channels)
+
+
+def library_attention(
+  query: jax.Array,
+  key_values: KeyValues,
+  mask: jax.Array | None,
+  *,
+  scale: float | None = None,
+  softcap: float | None = None,
+  implementation: str,
+  causal: bool,
+  window: int | None,
+) -> jax.Array:
+  """`attend` by `jax.nn.dot_product_attention`: "cudnn" holds no scores, [L, S], in memory.
+
+  Its weights are rounded to the computation's dtype, and a query that may attend to nothing has no
+  defined result.
+
+  Args:
+    query: [B, H, L, C].
+    key_values: keys and values [B, K, L, C], of the same tokens.
+    mask: [B, L, L] bool, or None where `causal` and `window` say all.
+    scale: of the scores.
+    softcap: None, as it has none.
+    implementation: "xla" or "cudnn"; the latter is for GPUs, in bfloat16 or float16.
+    causal: no key after the query; read where there is no mask.
+    window: the last so many keys only; read where there is no mask.
+
+  Returns:
+    [B, H, L, C].
+  """
+  if softcap is not None:
+    raise ValueError("The library's attention has no softcap.")
+  tokens_first = lambda x: jnp.swapaxes(x, 1, 2)
+  own = {"mask": mask[:, None]} if mask is not None else {"is_causal": causal}
+  if mask is None and window is not None:
+    own["local_window_size"] = (window - 1, 0 if causal else window - 1)
+  mixed = jax.nn.dot_product_attention(
+    *map(tokens_first, (query, *key_values)), scale=scale, implementation=implementation, **own
+  )
+  return tokens_first(mixed)
 
 
 def write(cache: KeyValues, new: KeyValues, slots: jax.Array) -> KeyValues:
@@ -204,7 +246,8 @@ class Attention(nn.Module):
 
   Without a cache the keys are x's own; with one, x's keys and values are written to `slots` and
   the whole cache is attended to. Returns the output [B, L, D] and the cache as it is now.
-  `scale` and `softcap` are of the scores, see `attend`; `output_bias` is `use_bias` if None.
+  `scale` and `softcap` are of the scores, see `attend`; `output_bias` is `use_bias` if None; over a
+  cache it is always `attend`.
   """
 
   num_heads: int
@@ -219,6 +262,7 @@ class Attention(nn.Module):
   scale: float | None = None
   softcap: float | None = None
   zero_centred_norms: bool = False
+  attend: Callable[..., jax.Array] = attend
 
   @nn.compact
   def __call__(self, x, *, angles, slots, mask, cache: KeyValues | None):
@@ -244,8 +288,8 @@ class Attention(nn.Module):
     )
     own = KeyValues(keys, values)
     cache = None if cache is None else write(cache, own, slots)
-    held = own if cache is None else cache
-    mixed = attend(query, held, mask, scale=self.scale, softcap=self.softcap)
+    mix, held = (self.attend, own) if cache is None else (attend, cache)
+    mixed = mix(query, held, mask, scale=self.scale, softcap=self.softcap)
     merged = jnp.swapaxes(mixed, 1, 2).reshape(*x.shape[:-1], -1)
     output_bias = self.use_bias if self.output_bias is None else self.output_bias
     output = dense(x.shape[-1], use_bias=output_bias, kernel_init=self.output_init, name="output")

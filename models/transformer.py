@@ -62,6 +62,7 @@ class Block(nn.Module):
       scale=_score_scale(c),
       softcap=c.attention_softcap,
       zero_centred_norms=c.zero_centred_norms,
+      attend=_attend(c),
       name="attention",
     )
     after = lambda name: _norm(c, name=name) if c.post_norms else lambda branch: branch
@@ -77,6 +78,18 @@ class Block(nn.Module):
 def _score_scale(c: TransformerConfig) -> float:
   scaling = c.rotary_scaling
   return c.attention_scale * (1.0 if scaling is None else scaling.score_factor)
+
+
+def _attend(c: TransformerConfig):
+  """Attention without a cache."""
+  if c.attention == "exact":
+    return layers.attend
+  return functools.partial(
+    layers.library_attention,
+    implementation=c.attention,
+    causal=c.causal,
+    window=c.window if all(c.local_layers) else None,
+  )
 
 
 def stack(params: base.Params) -> base.Params:
@@ -186,7 +199,9 @@ def _trunk(c, params, x, cache=None, *, positions=None, mask=None, key=None):
     x = x + params["positions"][positions].astype(x.dtype)
   x = nn.Dropout(c.dropout, deterministic=not training).apply({}, x, rngs=_rngs(embed_key))
   places = _places(c, slots, positions)
-  masks = _masks(c, slots, num_slots, mask)
+  told = c.attention != "exact" and cache is None and mask is None  # by its own arguments
+  alike = len(set(c.local_layers)) == 1
+  masks = {c.local_layers[0]: None} if told and alike else _masks(c, slots, num_slots, mask)
 
   def run_layer(x, layer, layer_mask, layer_cache, layer_key):
     return Block(c).apply(

@@ -39,6 +39,7 @@ class TransformerConfig:
   qk_norm: bool = False
   attention_scale: float | None = None  # of the scores: head_dim^-0.5
   attention_softcap: float | None = None  # no cap on the scores
+  attention: str = "exact"  # or the library's, "xla", "cudnn": `layers.library_attention`
   gated_mlp: bool = True
   activation: str = "silu"  # or "gelu", "gelu_tanh"
   norm: str = "rms"  # or "layer", with a bias
@@ -121,11 +122,17 @@ _IMPLIED = {
 
 
 def _check_kinds(c: TransformerConfig) -> None:
-  kinds = {"activation": tuple(layers.ACTIVATIONS), "norm": ("rms", "layer")}
+  kinds = {
+    "activation": tuple(layers.ACTIVATIONS),
+    "norm": ("rms", "layer"),
+    "attention": ("exact", "xla", "cudnn"),
+  }
   for name, known in kinds.items():
     _require(getattr(c, name) in known, f"{name}={getattr(c, name)!r} is not one of {known}")
   layer_norm = c.norm == "layer" and c.zero_centred_norms
   _require(not layer_norm, "zero_centred_norms is of norm='rms'")
+  capped = c.attention != "exact" and c.attention_softcap is not None
+  _require(not capped, f"attention={c.attention!r} has no attention_softcap")
   stretched = c.rotary_scaling is not None and c.positions != "rotary"
   _require(not stretched, f"positions={c.positions!r} leave rotary_scaling nothing to scale")
   _require(

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 import targets
-from ancestral.models import rotary, transformer
+from ancestral.models import base, rotary, transformer
 
 pytestmark = pytest.mark.usefixtures("compiles_quickly")
 
@@ -231,3 +231,35 @@ def test_fields_that_do_not_fit_are_named(fields, culprit):
   with pytest.raises(ValueError, match=culprit) as error:
     targets.tiny_config(**fields)
   assert "\n" not in str(error.value)
+
+
+LIBRARY = {
+  "causal": {},
+  "grouped window": {"window": 5},
+  "bidirectional": {"causal": False, "num_kv_heads": 4},
+  "alternating windows": {"window": 3, "window_pattern": (True, False)},
+  "scaled": {"attention_scale": 0.3, "head_dim": 12},
+}
+
+
+@pytest.mark.parametrize("segments", [False, True])
+@pytest.mark.parametrize("name", LIBRARY)
+def test_the_librarys_attention_is_the_same(name, segments):
+  tokens = jnp.asarray(np.random.default_rng(0).integers(0, 23, (2, 12)))
+  mask = jnp.asarray(np.sort(np.random.default_rng(1).integers(0, 3, (2, 12))))
+  kwargs = {"mask": mask[:, :, None] == mask[:, None, :]} if segments else {}
+  found = []
+  for attention in ("exact", "xla"):
+    model, params = targets.tiny_target(**LIBRARY[name], attention=attention)
+
+    def total(params, model=model):
+      return jnp.sum(jnp.sin(base.apply(model, params, tokens, **kwargs)[0]))
+
+    with jax.default_matmul_precision("highest"):
+      found.append(jax.jit(jax.value_and_grad(total))(params))
+  jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=2e-4), *found)
+
+
+def test_what_the_librarys_attention_lacks():
+  with pytest.raises(ValueError, match="attention='xla' has no attention_softcap"):
+    targets.tiny_config(attention="xla", attention_softcap=5.0)
