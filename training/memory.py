@@ -20,10 +20,10 @@ def peak(fn: Callable[..., Any], *args: Any, size: Size = nbytes) -> int:
 
   The equations run in their order. An array lives from the equation that makes it to its last use;
   one that dies in an elementwise equation, an update in place or a loop gives its memory to the
-  result. What only renames, repeats or casts takes none. A loop takes what one turn of it takes,
-  beside what it carries and stacks. XLA fuses more and orders otherwise, which evens out: on CPU in
-  float32 its own figure for steps of training was within 10% (docs/scale.md has the table); there
-  it keeps bfloat16 in float32 too, which this does not know.
+  result. What only renames, repeats or casts takes none, nor does an elementwise result that only
+  one elementwise equation or sum uses. A loop takes what one turn of it takes, beside what it
+  carries and stacks. XLA's own figures for steps of training on CPU, in docs/scale.md, are near; in
+  bfloat16 it keeps float32 copies there, which this does not know.
 
   Args:
     fn: traced, not run.
@@ -83,7 +83,7 @@ def _is_array(variable) -> bool:
 
 def _peak(jaxpr: Any, size: Size, *, own_inputs: bool) -> int:
   """The most bytes at once; without its own inputs, which the caller holds."""
-  memory, dying = _Memory(size), _last_uses(jaxpr)
+  memory, dying, users = _Memory(size), _last_uses(jaxpr), _users(jaxpr)
   for variable in (*jaxpr.invars, *jaxpr.constvars):
     if own_inputs:
       memory.make(variable)
@@ -91,7 +91,7 @@ def _peak(jaxpr: Any, size: Size, *, own_inputs: bool) -> int:
     dead = dying.get(number, set())
     name = equation.primitive.name
     inputs = [v for v in equation.invars if not _is_literal(v)]
-    if name in _RENAMES:
+    if name in _RENAMES or (name in _FUSED and _is_fused(equation.outvars[0], users)):
       memory.hold(equation.outvars[0], memory.of(inputs))
       made = ()
     else:
@@ -126,6 +126,28 @@ def _last_uses(jaxpr: Any) -> dict[Any, set]:
   return dying
 
 
+def _users(jaxpr: Any) -> dict[Any, list[str]]:
+  """The names of the equations that use each variable; "return" of the results."""
+  users: dict[Any, list[str]] = {}
+  for equation in jaxpr.eqns:
+    for variable in equation.invars:
+      if not _is_literal(variable):
+        users.setdefault(variable, []).append(equation.primitive.name)
+  for variable in jaxpr.outvars:
+    if not _is_literal(variable):
+      users.setdefault(variable, []).append("return")
+  return users
+
+
+def _is_fused(variable, users) -> bool:
+  """Whether XLA makes it inside the one equation that uses it."""
+  match users.get(variable, []):
+    case [user]:
+      return user in _FUSED | _RENAMES or user.startswith("reduce_")
+    case several:
+      return not several
+
+
 def _is_literal(variable: Any) -> bool:
   return hasattr(variable, "val")
 
@@ -144,8 +166,9 @@ _RENAMES = frozenset(
   "reshape broadcast_in_dim squeeze expand_dims convert_element_type stop_gradient copy iota "
   "sharding_constraint optimization_barrier name transpose slice rev".split()
 )
-_IN_PLACE = frozenset(
+_FUSED = frozenset(
   "add sub mul div max min exp log tanh neg sign rsqrt sqrt integer_pow pow select_n eq ne lt gt "
   "le ge and or not logistic cos sin square add_any expm1 log1p abs is_finite erf floor round "
-  "clamp exp2 cumsum dynamic_update_slice scatter scatter-add scan while".split()
+  "clamp exp2".split()
 )
+_IN_PLACE = _FUSED | frozenset("cumsum dynamic_update_slice scatter scatter-add scan while".split())
