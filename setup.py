@@ -19,5 +19,6 @@ class BuildPy(build_py.build_py):
 setuptools.setup(
   packages=["ancestral", *(f"ancestral.{folder}" for folder in FOLDERS)],
   package_dir={"ancestral": "."},
+  package_data={"ancestral.launch": ["*.sh", "*.sbatch"]},
   cmdclass={"build_py": BuildPy},
 )

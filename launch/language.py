@@ -16,7 +16,7 @@ from ..sampling import decode, logits
 from ..tasks import arithmetic, expressions
 from ..tasks import base as tasks
 from ..tasks import tokenizer as tokenizers
-from ..training import data, likelihood, step
+from ..training import cost, data, likelihood, step
 from ..training import state as state_lib
 from . import adapters, fields, held_out, supervised
 
@@ -197,11 +197,15 @@ def frozen_shapes(experiment: Experiment) -> models.Params | None:
 
 
 def flops(experiment: Experiment, abstract: state_lib.TrainState, shares: int, batch: Any) -> int:
-  """See `supervised.flops`; without what is made again backward, as utilisation is counted."""
-  config = experiment.config.copy_and_resolve_references()
-  with config.unlocked():
-    config.model.update(remat="none", attention="exact")
-  return supervised.flops(build(config), abstract, shares, batch, frozen_shapes(experiment))
+  """See `experiment.Kind`: three times the loss's, since the gradients of a product cost two of it.
+
+  So what is made again backward does not count, and neither does how attention is computed.
+  """
+  del abstract
+  c = dataclasses.replace(experiment.model_config, attention="exact")
+  loss_fn = likelihood.next_token(transformer.transformer(c), **experiment.config.loss)
+  params = jax.eval_shape(functools.partial(init_model, experiment), jax.random.key(0))
+  return 3 * cost.flops(loss_fn, jax.random.key(0), params, supervised.whole_batch(batch, shares))
 
 
 def rules(experiment: Experiment) -> tuple[partition.Rule, ...]:

@@ -42,11 +42,16 @@ def flops(
     batch: one of them.
     frozen: shapes of the parameters that adapters change.
   """
+  run = lambda frozen, *args: step_of(experiment, frozen)(*args)
+  return cost.flops(run, frozen, jax.random.key(0), abstract, whole_batch(batch, shares))
+
+
+def whole_batch(batch: Any, shares: int) -> Any:
+  """Shapes of the batch of which this is one of `shares` parts."""
   whole = lambda x: jax.ShapeDtypeStruct(
     (x.shape[0] * shares, *x.shape[1:]), jax.dtypes.canonicalize_dtype(x.dtype)
   )
-  run = lambda frozen, *args: step_of(experiment, frozen)(*args)
-  return cost.flops(run, frozen, jax.random.key(0), abstract, jax.tree.map(whole, batch))
+  return jax.tree.map(whole, batch)
 
 
 @contextlib.contextmanager

@@ -110,7 +110,7 @@ def _writer(run: Run) -> metrics.Writer:
   if jax.process_index():
     return metrics.chain()
   done = int(run.state.step)
-  of_machine = lambda name: name.startswith(("speed/", "memory/"))
+  of_machine = lambda name: name.startswith(("speed/", "memory/", "seconds/"))
   jsonl = lambda name: metrics.jsonl(run.workdir / name, step=done)
   return metrics.chain(
     metrics.console(run.experiment.config.train.num_steps, step=done),
