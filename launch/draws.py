@@ -6,7 +6,9 @@ from absl import flags
 
 SEED = flags.DEFINE_integer("seed", 0, "Of the draws.")
 OUTPUT = flags.DEFINE_string(
-  "output", None, "File for the samples: JSONL of texts; PNG, or NPZ, of images."
+  "output",
+  None,
+  "File for samples: JSONL of texts; PNG, or NPZ, of images. Or a folder to export to.",
 )
 
 

@@ -178,28 +178,39 @@ def start_params(config: fields.Config, mesh: Mesh | None = None) -> state_lib.P
     FileNotFoundError, ValueError: there is no such run or pretrained directory, or it is corrupt.
   """
   c = config.start
+  mesh = partition.make_mesh() if mesh is None else mesh
   if c.get("pretrained"):
-    return _pretrained(config, partition.make_mesh() if mesh is None else mesh)
-  return _restored(None, c.workdir, mesh=mesh, step=c.step, best=c.best)[1]
+    return _pretrained(c.pretrained, mesh)
+  experiment, trained, _ = restore_trained(None, c.workdir, mesh=mesh, step=c.step, best=c.best)
+  return _whole(experiment.config, mesh, trained)
 
 
 def _name(start: fields.Config) -> str:
   return start.get("pretrained") or start.workdir
 
 
-def _pretrained(config, mesh):
-  model_config = pretrained.read_config(config.start.pretrained)
-  place = partition.placing(mesh, partition.rules(model_config.resolved().head_dim))
-  return pretrained.read(config.start.pretrained, place=place, dtype="float32", stacked=True)[1]
+def _pretrained(folder, mesh):
+  head_dim = pretrained.read_config(folder).resolved().head_dim
+  place = partition.placing(mesh, partition.rules(head_dim))
+  return pretrained.read(folder, place=place, dtype="float32", stacked=True)[1]
 
 
-def whole(config: fields.Config, mesh: Mesh, params: state_lib.Params) -> state_lib.Params:
-  """The model's parameters of what a run trains: the same, unless it trains adapters."""
+def _whole(config, mesh, trained):
   frozen = start_params(config, mesh) if adapters.used(config) else None
-  return adapters.whole(config, frozen)(params)
+  return adapters.whole(config, frozen)(trained)
 
 
 def restore_params(
+  config: fields.Config | None, workdir: str, *, mesh: Mesh | None = None, **wanted: Any
+) -> tuple[Experiment, state_lib.Params, int]:
+  """As `restore_trained`, but the whole model's parameters, laid out for use."""
+  mesh = partition.make_mesh() if mesh is None else mesh
+  experiment, trained, step = restore_trained(config, workdir, mesh=mesh, **wanted)
+  params = _whole(experiment.config, mesh, trained)
+  return experiment, kind_of(experiment.config).finished(params), step
+
+
+def restore_trained(
   config: fields.Config | None,
   workdir: str,
   *,
@@ -208,8 +219,8 @@ def restore_params(
   best: bool = False,
   average_std: float | None = None,
   mesh: Mesh | None = None,
-) -> tuple[Experiment, state_lib.Params, int]:
-  """The experiment, its trained parameters laid out for use, and the step they are from.
+) -> tuple[Experiment, Any, int]:
+  """The experiment, what it trained (parameters or adapters), and the step that is from.
 
   Args:
     config: the experiment; None is the one that was saved.
@@ -226,14 +237,6 @@ def restore_params(
     ValueError: the checkpoint is corrupt, or of another experiment; step and best, or last and
       average_std, together; an average of a run that kept none of this kind.
   """
-  experiment, params, step = _restored(
-    config, workdir, last=last, step=step, best=best, average_std=average_std, mesh=mesh
-  )
-  return experiment, kind_of(experiment.config).finished(params), step
-
-
-def _restored(config, workdir, *, last=False, step=None, best=False, average_std=None, mesh=None):
-  """The same as `restore_params`, as they are trained."""
   if best and step is not None:
     raise ValueError(f"--best and --step={step} may be two checkpoints: give one of them.")
   if last and average_std is not None:
@@ -259,7 +262,7 @@ def _restored(config, workdir, *, last=False, step=None, best=False, average_std
       name = "params" if last else _averages(saved)[0][0]
       restored = checkpoint.restore_part(manager, abstract, name, step)
       params, step = restored.state, restored.step
-  return experiment, whole(experiment.config, mesh, params), step
+  return experiment, params, step
 
 
 def _averages(config: fields.Config) -> list[tuple[str, float | None]]:

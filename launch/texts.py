@@ -5,6 +5,11 @@ verifier says. A file of prompts has one a line; if it is named .jsonl, a line i
 `prompt` and, where they differ from the flags, `max_new_tokens`, `seed`, `stop` (texts) and
 `settings` (numbers). How tokens are drawn is said by --preset and its settings (`decoding`).
 
+--pretrained takes a directory of transformers' in place of a run. With --chat a prompt is what a
+user says, after --system, in the model's own chat template; a line of .jsonl may have `messages`
+([{"role": ..., "content": ...}, ...]) in place of a prompt. --adapters merges a directory of
+PEFT's in; --quantise holds weights in 8 bits, of a run too.
+
 With --output, each sample is written there as soon as it is finished, one JSON object a line:
 index, prompt, text (without the stop text), tokens, log_prob and model_log_prob of each token,
 stop_reason ("stop", an end token; "ending", a stop text; "length"), and what it was drawn with. An
@@ -12,6 +17,7 @@ interrupted command goes on with --resume.
 """
 
 import contextlib
+import dataclasses
 import functools
 import json
 import pathlib
@@ -22,13 +28,13 @@ from typing import Any, NamedTuple
 
 import jax
 import rich.console
-import rich.progress
-import rich.text
 from absl import flags as absl_flags
 
 from ..evaluation import attempts
+from ..models import quantised
 from ..sampling import decode, serve
-from . import decoding, draws, flags, language
+from ..tasks import chat
+from . import decoding, draws, flags, language, pretrained, records
 from . import experiment as experiment_lib
 
 _PROMPT = absl_flags.DEFINE_multi_string("prompt", [], "Text to continue; may be repeated.")
@@ -44,6 +50,19 @@ _MAX_NEW_TOKENS = absl_flags.DEFINE_integer(
 )
 _STOP = absl_flags.DEFINE_multi_string("stop", [], "Text that ends a sample; may be repeated.")
 _RESUME = absl_flags.DEFINE_bool("resume", False, "Go on with an --output that was interrupted.")
+_MAX_LENGTH = absl_flags.DEFINE_integer(
+  "max_length",
+  None,
+  "Of prompt and sample together; the model's if unset, and the cache is as long as is needed.",
+  lower_bound=2,
+)
+_BATCH_SIZE = absl_flags.DEFINE_integer(
+  "batch_size", None, "Samples drawn at once; the configuration's, or 16, if unset.", lower_bound=1
+)
+_FORMATS = {"int8": "int8", "fp8": "float8_e4m3fn"}
+_QUANTISE = absl_flags.DEFINE_enum(
+  "quantise", None, list(_FORMATS), "Hold weights in 8 bits; see docs/quantised.md."
+)
 FLAGS = (
   _PROMPT,
   _PROMPTS,
@@ -52,6 +71,9 @@ FLAGS = (
   _MAX_NEW_TOKENS,
   _STOP,
   _RESUME,
+  _MAX_LENGTH,
+  _BATCH_SIZE,
+  _QUANTISE,
   draws.SEED,
   draws.OUTPUT,
   *decoding.FLAGS,
@@ -68,13 +90,14 @@ class Ask(NamedTuple):
 
 
 class Line(NamedTuple):
-  """A prompt and what its line sets."""
+  """A prompt, or messages, and what its line sets."""
 
   prompt: str
   max_new_tokens: int
   seed: int | None = None
   stop: Sequence[str] = ()
   settings: Mapping[str, float] = types.MappingProxyType({})
+  messages: Sequence[chat.Message] | None = None
 
 
 def _lines(max_new_tokens: int) -> list[Line]:
@@ -97,7 +120,7 @@ def _lines(max_new_tokens: int) -> list[Line]:
   lines = []
   for number, row in enumerate(rows, 1):
     try:
-      lines.append(line._replace(**{"prompt": None, **json.loads(row)}))
+      lines.append(line._replace(**_fields(json.loads(row))))
       _check_kinds(lines[-1])
     except (ValueError, TypeError) as error:
       raise ValueError(
@@ -106,18 +129,41 @@ def _lines(max_new_tokens: int) -> list[Line]:
   return lines
 
 
+def _fields(row: Any) -> dict[str, Any]:
+  if isinstance(row, dict) and "messages" in row:
+    if "prompt" in row or not isinstance(row["messages"], list):
+      raise ValueError("messages are a list, in place of a prompt")
+    return {"prompt": "", **row}
+  return {"prompt": None, **row}
+
+
 def _check_kinds(line: Line) -> None:
-  kinds = Line(str, int, int | None, list, Mapping)
+  kinds = Line(str, int, int | None, list, Mapping, list | None)
   for name, value, kind in zip(Line._fields, line, kinds, strict=True):
     wrong = isinstance(value, bool) or not isinstance(value, kind)
     if wrong or (name == "stop" and not all(isinstance(text, str) for text in value)):
       raise ValueError(f"{name} is {value!r}, of another type than it should be")
 
 
-def asks_of(experiment, drawn: decoding.Decoding, step: int) -> list[Ask]:
-  """Every sample to draw; sample j of prompt i has seed s n + j, s its line's seed, or i."""
+def asks_of(
+  experiment,
+  drawn: decoding.Decoding,
+  origin: Mapping[str, Any],
+  template: chat.Template | None = None,
+) -> list[Ask]:
+  """Every sample to draw; sample j of prompt i has seed s n + j, s its line's seed, or i.
+
+  Args:
+    experiment: whose model continues.
+    drawn: how.
+    origin: of the params, as records say it.
+    template: of conversations; None continues prompts as they are.
+
+  Raises:
+    ValueError, OSError: what the flags ask for cannot be asked.
+  """
   max_new_tokens = _MAX_NEW_TOKENS.value or experiment.config.evaluation.max_new_tokens
-  language.check_new_tokens(experiment, max_new_tokens)
+  _check_room(experiment, max_new_tokens)
   judges = []
   if _NUM_PROBLEMS.value:
     problems = _problems(experiment)
@@ -128,24 +174,18 @@ def asks_of(experiment, drawn: decoding.Decoding, step: int) -> list[Ask]:
     if not lines:
       raise ValueError(f"--prompts={_PROMPTS.value} holds no prompt.")
     judges = [lambda response: {}] * len(lines)
-  for line in lines:
+  asks, n = [], _NUM_SAMPLES.value
+  for i, (line, judge) in enumerate(zip(lines, judges, strict=True)):
     for name in line.settings.keys() - drawn.settings.keys():
       raise ValueError(f"A line sets {name}: give --{name} too, as the value of the others.")
-  tokenizer, n = experiment.tokenizer, _NUM_SAMPLES.value
-  asks = []
-  for i, (line, judge) in enumerate(zip(lines, judges, strict=True)):
-    prompt = [tokenizer.bos, *tokenizer.encode(line.prompt)]
-    ending = {"ending": serve.stop_strings(tokenizer.decode, line.stop)} if line.stop else {}
+    asked, prompt = _asked(line, experiment.tokenizer, template)
+    read = functools.partial(experiment.tokenizer.continued, prompt)
+    ending = {"ending": serve.stop_strings(read, line.stop)} if line.stop else {}
     for j in range(n):
       seed = (i if line.seed is None else line.seed) * n + j
       request = serve.Request(prompt, line.max_new_tokens, seed, line.settings, **ending)
       record = {
-        "index": i * n + j,
-        "prompt": line.prompt,
-        "seed": seed,
-        "run_seed": draws.SEED.value,
-        "step": step,
-        "last": flags.LAST.value,
+        **{"index": i * n + j, **asked, "seed": seed, "run_seed": draws.SEED.value, **origin},
         "max_new_tokens": line.max_new_tokens,
         "stop": list(line.stop),
         "settings": {**drawn.fixed, **drawn.settings, **line.settings},
@@ -154,9 +194,33 @@ def asks_of(experiment, drawn: decoding.Decoding, step: int) -> list[Ask]:
   return asks
 
 
+def _asked(line: Line, tokenizer, template) -> tuple[dict[str, Any], list[int]]:
+  """What a line asks, as its records say it, and its tokens."""
+  if template is None:
+    if line.messages is not None:
+      raise ValueError("A line has messages: give --chat, or prompts.")
+    return {"prompt": line.prompt}, tokenizer.opened(line.prompt)
+  messages = line.messages
+  if messages is None:
+    system = pretrained.SYSTEM.value
+    messages = [{"role": "system", "content": system}] if system is not None else []
+    messages += [{"role": "user", "content": line.prompt}]
+  text = template(messages)
+  return {"prompt": text, "messages": messages}, tokenizer.encode(text)
+
+
+def _check_room(experiment, max_new_tokens: int) -> None:
+  max_length = experiment.model_config.max_length
+  if max_new_tokens >= max_length:
+    raise ValueError(
+      f"max_new_tokens={max_new_tokens} leaves no room for a prompt in a sequence of "
+      f"{max_length} tokens (the model's, or --max_length): lower it."
+    )
+
+
 def _problems(experiment) -> list:
   if experiment.task is None:
-    raise ValueError("--num_problems needs a task, and this run's data are text: give --prompt.")
+    raise ValueError("--num_problems needs a task, and this model has none: give --prompt.")
   per_level = -(-_NUM_PROBLEMS.value // len(experiment.config.task.levels))
   return language.held_out_problems(experiment, per_level)[-_NUM_PROBLEMS.value :]
 
@@ -171,7 +235,7 @@ def _verifier(task, problem):
 
 def _record(ask: Ask, result: serve.Result, tokenizer) -> dict[str, Any]:
   """The line of a sample."""
-  text = tokenizer.decode(result.tokens)
+  text = tokenizer.continued(ask.request.prompt, result.tokens)
   ends = [at for stop in ask.stop if (at := text.find(stop)) >= 0]
   response = attempts.response(tokenizer, result.tokens, float(result.log_prob.sum()))
   return {
@@ -185,78 +249,23 @@ def _record(ask: Ask, result: serve.Result, tokenizer) -> dict[str, Any]:
   }
 
 
-def _finished(path: pathlib.Path, asks: Sequence[Ask]) -> set[int]:
-  """The samples that an interrupted output holds; a line cut short is taken out of it.
-
-  Raises:
-    ValueError: it is of other samples than those asked for.
-  """
-  whole, _, cut = path.read_bytes().rpartition(b"\n")
-  start = b'{"index": '
-  try:
-    records = [json.loads(line) for line in whole.split(b"\n") if whole]
-  except ValueError as error:
-    raise ValueError(f"--resume: {path} is no file of samples: {error}.") from None
-  if cut[: len(start)] != start[: len(cut)] or not all(isinstance(r, dict) for r in records):
-    raise ValueError(f"--resume: {path} is no file of samples: name another --output.")
-  for record in records:
-    index = record.get("index")
-    expected = asks[index].record if index in range(len(asks)) else {"index": "none"}
-    for name, value in expected.items():
-      if record.get(name) != value:
-        raise ValueError(
-          f"--resume: {path} has {name} {record.get(name)!r} where this command would have "
-          f"{value!r}, in sample {index}: give its own flags, or another --output."
-        )
-  if len({record["index"] for record in records}) < len(records):
-    raise ValueError(f"--resume: {path} has a sample twice: name another --output.")
-  with open(path, "r+b") as file:
-    file.truncate(len(whole) + bool(whole))
-  return {record["index"] for record in records}
-
-
-@contextlib.contextmanager
-def _progress(total: int, done: int) -> Iterator[Callable[[serve.Progress], None]]:
-  """A bar of samples with tokens per second, where somebody looks at the standard error."""
-  console = rich.console.Console(stderr=True)
-  columns = (
-    *rich.progress.Progress.get_default_columns(),
-    rich.progress.MofNCompleteColumn(),
-    rich.progress.TextColumn("{task.fields[rate]:.0f} tokens/s"),
-  )
-  # On one terminal the samples themselves show how far it is.
-  hidden = not console.is_terminal or (draws.OUTPUT.value is None and sys.stdout.isatty())
-  with rich.progress.Progress(*columns, console=console, disable=hidden) as bar:
-    task = bar.add_task("samples", total=total, completed=done, rate=0.0)
-    drawn = 0
-
-    def update(progress):
-      nonlocal drawn
-      drawn += sum(map(len, progress.drawn.values()))
-      elapsed = bar.tasks[task].elapsed or 1
-      bar.update(task, completed=done + progress.num_finished, rate=drawn / elapsed)
-
-    yield update
-
-
-def _show(console: rich.console.Console, record: dict[str, Any]) -> None:
-  line = rich.text.Text(record["prompt"]).append(record["text"], "bold")
-  if "correct" in record:
-    reason, colour = ("correct", "green") if record["correct"] else (record["reason"], "red")
-    line.append(f"  {reason}", colour)
-  elif record["stop_reason"] == "length":
-    line.append("  (cut)", "dim")
-  console.print(line, soft_wrap=True)
-
-
 def draw(
   experiment: language.Experiment,
   params,
   asks: Sequence[Ask],
   drawn: decoding.Decoding,
   on_chunk: Callable[[serve.Progress], None],
+  rows: int | None = None,
 ) -> Iterator[dict[str, Any]]:
   """The record of each sample, in the order of finishing.
+
+  Args:
+    experiment: whose model continues.
+    params: of it.
+    asks: the samples to draw.
+    drawn: how.
+    on_chunk: told of progress.
+    rows: drawn at once; None is the configuration's.
 
   Raises:
     ValueError: before anything is drawn, a prompt or a setting is not right.
@@ -265,22 +274,33 @@ def draw(
     functools.partial(decode.autoregressive, experiment.model),
     drawn.transform,
     settings=drawn.settings,
-    rows=min(len(asks), experiment.config.evaluation.batch_size) or 1,
-    vocab_size=experiment.tokenizer.vocab_size,
+    rows=min(len(asks), rows or experiment.config.evaluation.batch_size) or 1,
+    vocab_size=experiment.model_config.vocab_size,
     max_length=experiment.model_config.max_length,
-    stop=(experiment.tokenizer.eos,),
+    stop=experiment.tokenizer.stops,
   )
   key = jax.random.key(draws.SEED.value)
   results = run(params, key, [ask.request for ask in asks], on_chunk)
   return (_record(asks[result.index], result, experiment.tokenizer) for result in results)
 
 
-def _prepare(wanted: Mapping[str, Any]):
-  """What `run` needs, from the flags.
+# () -> what is read of an experiment, its params, and where they are from, as records say it.
+Restore = Callable[[], tuple[Any, Any, dict[str, Any]]]
+
+
+def _of_run(wanted: Mapping[str, Any]):
+  experiment, params, step = experiment_lib.restore_params(**wanted)
+  return experiment, params, {"step": step, "last": flags.LAST.value}
+
+
+def _prepare(restore: Restore, template: Callable[[], chat.Template | None]):
+  """What `_draw` needs, from the flags.
 
   Raises:
     ValueError, OSError: the flags do not go together, or what they name is not there.
   """
+  if jax.process_count() > 1:
+    raise ValueError(f"Texts are drawn by one process, and there are {jax.process_count()}.")
   if sum(map(bool, (_PROMPT.value, _PROMPTS.value, _NUM_PROBLEMS.value))) != 1:
     raise ValueError("Give either --prompt=TEXT, --prompts=FILE or --num_problems=N.")
   output = draws.output()
@@ -290,29 +310,33 @@ def _prepare(wanted: Mapping[str, Any]):
     raise ValueError("--stop is for prompts; answers have their own end: leave it out.")
   if _RESUME.value and not output:
     raise ValueError("--resume goes on with an --output: name it.")
-  experiment, params, step = experiment_lib.restore_params(**wanted)
+  chosen = template()
+  experiment, params, origin = restore()
+  experiment = _limited(experiment)
+  if _QUANTISE.value:
+    params = quantised.quantise(params, _FORMATS[_QUANTISE.value])
+    experiment = experiment._replace(model=quantised.quantised(experiment.model))
+    origin |= {"quantise": _QUANTISE.value}
   drawn = decoding.from_flags(experiment.tokenizer)
-  asks = asks_of(experiment, drawn, step)
-  done = _finished(output, asks) if output and output.exists() else set()
+  asks = asks_of(experiment, drawn, origin, chosen)
+  expected = [ask.record for ask in asks]
+  done = records.finished(output, expected) if output and output.exists() else set()
   return experiment, params, drawn, asks, done, output
 
 
-def _write(records: Iterator[dict[str, Any]], output: pathlib.Path) -> None:
-  """Appends each record as it comes, so that whatever happens to the next, it is there."""
-  with open(output, "a") as file:
-    for record in records:
-      file.write(json.dumps(record) + "\n")
-      file.flush()
+def _limited(experiment):
+  """The experiment for sequences of --max_length; what the model's positions are does not change.
 
-
-def _print(records: Iterator[dict[str, Any]], console: rich.console.Console) -> None:
-  """Shows the samples in their order, each as soon as those before it are there."""
-  waiting, shown = {}, 0
-  for record in records:
-    waiting[record["index"]] = record
-    while shown in waiting:
-      _show(console, waiting.pop(shown))
-      shown += 1
+  Raises:
+    ValueError: the model does not go so far.
+  """
+  most = experiment.model_config.max_length
+  if _MAX_LENGTH.value is None:
+    return experiment
+  if _MAX_LENGTH.value > most:
+    raise ValueError(f"--max_length={_MAX_LENGTH.value} is more than the model's {most}.")
+  limited = dataclasses.replace(experiment.model_config, max_length=_MAX_LENGTH.value)
+  return experiment._replace(model_config=limited)
 
 
 def run(wanted: Mapping[str, Any]) -> None:
@@ -321,18 +345,33 @@ def run(wanted: Mapping[str, Any]) -> None:
   Args:
     wanted: which, as `flags.checkpoint` has it.
   """
+  _draw(functools.partial(_of_run, wanted), lambda: None)
+
+
+def run_pretrained(mesh: jax.sharding.Mesh) -> None:
+  """Samples from --pretrained."""
+  folder = pretrained.DIRECTORY.value
+  restore = functools.partial(
+    *(pretrained.restore, folder, mesh),
+    dtype=pretrained.DTYPE.value,
+    adapters=pretrained.ADAPTERS.value,
+  )
+  _draw(restore, pretrained.template)
+
+
+def _draw(restore: Restore, template: Callable[[], chat.Template | None]) -> None:
   console = rich.console.Console(highlight=False, emoji=False)
   with contextlib.ExitStack() as stack:
     with flags.one_line_errors():
-      experiment, params, drawn, asks, done, output = _prepare(wanted)
+      experiment, params, drawn, asks, done, output = _prepare(restore, template)
       left = [ask for ask in asks if ask.record["index"] not in done]
-      on_chunk = stack.enter_context(_progress(len(asks), len(done)))
-      records = draw(experiment, params, left, drawn, on_chunk)
+      on_chunk = stack.enter_context(records.progress(len(asks), len(done)))
+      found = draw(experiment, params, left, drawn, on_chunk, _BATCH_SIZE.value)
     try:
       if output is None:
-        _print(records, console)
+        records.show(found, console)
       else:
-        _write(records, output)
+        records.write(found, output)
     except KeyboardInterrupt:
       hint = f"; --resume goes on with {output}." if output else "."
       print(f"interrupted{hint}", file=sys.stderr)

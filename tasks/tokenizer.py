@@ -167,9 +167,9 @@ def pretrained(directory: str | pathlib.Path) -> Tokenizer:
 
   A special token is the one that `tokenizer_config.json` names, or the id in
   `generation_config.json` or `config.json`, or has its usual name; without padding or a beginning
-  the end stands for them. All ends that the files list stop a sample. Whether a text begins with
-  `bos` is said by `add_bos_token`, or by what the file's own post-processor puts before a text:
-  GPT-2 and Qwen put nothing.
+  the end stands for them. All ends that the files list stop a sample. A text begins with what the
+  file's own post-processor puts before it, whatever `add_bos_token` says, as in transformers 5:
+  with nothing for GPT-2 and Qwen.
 
   Ids beyond the vocabulary, which a padded embedding has, decode to nothing.
 
@@ -183,12 +183,13 @@ def pretrained(directory: str | pathlib.Path) -> Tokenizer:
   vocabulary = tokenizer.get_vocab(with_added_tokens=True)
   told = tokenizer_files.settings(directory)
   given = {role: _told(role, told, vocabulary) for role in ("eos", "bos", "pad")}
-  eos = given["eos"][0] if given["eos"] else _special(vocabulary, directory, "eos", None)
-  bos, pad = ((*given[role], eos)[0] for role in ("bos", "pad"))
+  if not given["eos"]:
+    raise ValueError(
+      f"{directory}: no token ends a text; name it in tokenizer_config.json, as eos_token."
+    )
+  eos = given["eos"][0]
   before = _put_before(tokenizer, directory)
-  adds_bos = told.get("add_bos_token")
-  if not isinstance(adds_bos, bool):
-    adds_bos, bos = bool(before), (*before, bos)[0]
+  bos, pad = (*before, *given["bos"], eos)[0], (*given["pad"], eos)[0]
   others = tuple(dict.fromkeys(i for i in given["eos"] if i != eos))
   return Tokenizer(
     encode=functools.partial(_encode_file, tokenizer),
@@ -198,7 +199,7 @@ def pretrained(directory: str | pathlib.Path) -> Tokenizer:
     bos=bos,
     eos=eos,
     other_stops=others,
-    adds_bos=adds_bos,
+    adds_bos=bool(before),
     files=functools.partial(tokenizer_files.of_directory, directory),
   )
 

@@ -193,9 +193,8 @@ def test_every_field_is_read_by_something(module, variant, tmp_path, monkeypatch
     }.items():
       monkeypatch.setattr(texts_lib, name, Flag(value))
     monkeypatch.setattr(draws, "SEED", Flag(0))
-    monkeypatch.setattr(texts_lib.flags, "LAST", Flag(False))
     plain = decoding.Decoding(lambda settings: logits.chain(), {}, {})
-    asks = texts_lib.asks_of(built, plain, 0)
+    asks = texts_lib.asks_of(built, plain, {})
     assert len(list(texts_lib.draw(built, params, asks, plain, lambda progress: None))) == 1
     expected -= {"tokenizer.path"}  # read where the tokenizer is a file: launch/bad_input_test.py
   assert expected - reads.found == set()

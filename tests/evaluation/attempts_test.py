@@ -199,6 +199,15 @@ def test_a_special_token_inside_an_answer_is_not_passed_over():
   assert found.verdicts[0].reason == "format: holds a padding or beginning-of-sequence token"
 
 
+def test_any_of_a_models_ends_ends_an_answer():
+  """Padding may be one of them, as Qwen has it."""
+  code = TOKENIZER._replace(other_stops=(4, TOKENIZER.pad))
+  for ends in (EOS, 4, TOKENIZER.pad):
+    assert not attempts.response(code, [3, ends], 0.0).fault
+  assert "did not end" in attempts.response(code, [3, 3], 0.0).fault
+  assert "did not end" in attempts.response(TOKENIZER, [3, 4], 0.0).fault
+
+
 def test_an_answer_that_ends_at_once_is_empty_and_ended():
   found = attempt(scripted([EOS]), [problem("0", "")], 1)[0]
   assert found.responses == ("",) and found.num_correct == 1

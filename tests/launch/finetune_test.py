@@ -9,7 +9,7 @@ import pytest
 
 import targets
 from ancestral.configs import finetune
-from ancestral.launch import evaluate, experiment, fields, plan, sample, train
+from ancestral.launch import evaluate, experiment, export, fields, plan, sample, train
 from ancestral.models import pretrained, transformer
 from ancestral.training import checkpoint, chips, metrics
 
@@ -171,6 +171,26 @@ def test_learning_from_samples_with_adapters(command, sums, tmp_path):
   kernel = lambda params: params["layers"][0]["mlp"]["up"]["kernel"]
   assert np.any(kernel(params) != kernel(before))
   np.testing.assert_array_equal(params["embedding"], before["embedding"])
+
+
+def test_adapters_go_to_another_library_and_come_back(command, folder, sums, tmp_path):
+  """Merged, or as PEFT has them beside the pretrained directory: the same texts."""
+  for layout in ("peft", "transformers"):
+    flags = [f"--workdir={sums}", f"--output={tmp_path / layout}", f"--layout={layout}"]
+    outcome = command(export, *flags)
+    assert outcome.status == 0, outcome.err
+  assert (tmp_path / "peft" / "adapter_model.safetensors").exists()
+  ask = ["--prompt=12+3=", "--num_samples=4", "--max_new_tokens=6"]
+  drawn = [
+    command(sample, *where, *ask).out
+    for where in (
+      [f"--workdir={sums}"],
+      [f"--pretrained={folder}", f"--adapters={tmp_path / 'peft'}"],
+      [f"--pretrained={tmp_path / 'transformers'}"],
+      [f"--pretrained={folder}"],
+    )
+  ]
+  assert drawn[0] == drawn[1] == drawn[2] != drawn[3]
 
 
 @pytest.mark.parametrize(

@@ -140,15 +140,13 @@ def test_a_model_without_a_beginning(tmp_path):
   assert code.decode([0, *code.encode("the cat"), 1, 0]) == "the cat"
 
 
-@pytest.mark.parametrize("stated", [True, False, None])
-def test_the_post_processor_says_how_a_text_begins_unless_the_settings_do(tmp_path, stated):
-  settings = {} if stated is None else {"add_bos_token": stated}
+@pytest.mark.parametrize("begins", [True, False])
+def test_the_post_processor_says_how_a_text_begins(tmp_path, begins):
+  settings = {"add_bos_token": not begins}
   made = write_model(tmp_path, ["<s>", "<|im_end|>"], settings, {"eos_token_id": 1})
-  if stated is None:
-    begin_with(made, tmp_path, "<s>")
+  begin_with(made, tmp_path, *["<s>"] * begins)
   code = tokenizer.pretrained(tmp_path)
-  assert code.adds_bos is (stated is not False)
-  assert code.opened("at") == [0, *code.encode("at")][stated is False :]
+  assert code.opened("at") == [*[0] * begins, *code.encode("at")] and code.opened("") == [0]
   assert (code.bos, code.eos, code.pad) == (0, 1, 1)  # padding has no token of its own
 
 
@@ -173,7 +171,7 @@ def test_a_models_directory_has_to_hold_a_tokenizer(tmp_path):
   with pytest.raises(FileNotFoundError, match=r"no tokenizer file .*tokenizer.json"):
     tokenizer.pretrained(tmp_path)
   write_model(tmp_path, ["<mask>"])
-  with pytest.raises(ValueError, match="no eos token among"):
+  with pytest.raises(ValueError, match=r"no token ends a text; name it in tokenizer_config.json"):
     tokenizer.pretrained(tmp_path)
   (tmp_path / "config.json").write_text("[1, 2]")
   with pytest.raises(ValueError, match=r"config.json is not an object in JSON"):

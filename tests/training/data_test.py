@@ -9,16 +9,19 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 
+from ancestral.tasks import tokenizer as tokenizers
 from ancestral.training import data
 
 PAD, BOS, EOS = 0, 1, 2
-TOKENIZER = SimpleNamespace(
-  encode=lambda text: [ord(c) - ord(" ") + 3 for c in text], pad=PAD, bos=BOS, eos=EOS
-)
 
 
 def decode(tokens):
   return "".join(chr(int(t) - 3 + ord(" ")) for t in tokens if t > EOS)
+
+
+TOKENIZER = tokenizers.Tokenizer(
+  lambda text: [ord(c) - ord(" ") + 3 for c in text], decode, 98, pad=PAD, bos=BOS, eos=EOS
+)
 
 
 def add(generator):
