@@ -11,10 +11,10 @@ import jax
 from ml_collections import config_dict
 
 from ..models import base as models
-from ..training import lora
+from ..training import checkpoint, lora
 from . import fields
 
-Whole = Callable[[models.Params], models.Params]
+Merge = Callable[[models.Params], models.Params]
 
 
 def section() -> dict[str, Any]:
@@ -23,6 +23,7 @@ def section() -> dict[str, Any]:
     "rank": config_dict.placeholder(int),
     "alpha": 16.0,
     "rank_stabilised": False,  # scaled by alpha / sqrt(rank), not by alpha / rank
+    "start_digest": "",  # of the parameters that they change; filled in when training begins
     "targets": (r"attention/(query|key|value|output)/kernel$", r"mlp/(gate|up|down)/kernel$"),
   }
 
@@ -58,7 +59,32 @@ def init_params(
   return make
 
 
-def whole(config: fields.Config, frozen: models.Params | None) -> Whole:
+def compared(config: dict[str, Any]) -> dict[str, Any]:
+  """The configuration as JSON, without the section where it says nothing."""
+  unused = config.get("lora") and config["lora"]["rank"] is None
+  return {name: value for name, value in config.items() if name != "lora" or not unused}
+
+
+def identified(config: fields.Config, frozen: models.Params | None) -> fields.Config:
+  """The configuration with the digest of what the adapters change.
+
+  Raises:
+    ValueError: it has another: the start is not the one that they were trained on.
+  """
+  if not used(config):
+    return config
+  found, known = checkpoint.digest(frozen), config.lora.get("start_digest")
+  if known and known != found:
+    raise ValueError(
+      f"config.start has other parameters ({found}) than the adapters were trained on ({known})."
+    )
+  config = config.copy_and_resolve_references()
+  with config.unlocked():
+    config.lora.start_digest = found
+  return config.lock()
+
+
+def merging(config: fields.Config, frozen: models.Params | None) -> Merge:
   """(trained) -> the model's parameters, jitted.
 
   Args:

@@ -23,7 +23,7 @@ from absl import flags as absl_flags
 from ..configs import image_classifier
 from ..evaluation import distances
 from ..models import precondition, schedules
-from ..training import bounds
+from ..training import bounds, processes
 from . import classifiers, fields, images, pixels, solving, train
 from . import experiment as experiment_lib
 
@@ -53,7 +53,7 @@ def features_of(config: fields.Config, examples: pixels.Examples, workdir: str) 
   """The classifier in `workdir`, trained there on the data of `config` if there is none."""
   if examples.num_classes is None:
     return Features(None, None, "coordinates")
-  if not (pathlib.Path(workdir) / "checkpoints").is_dir():
+  if not processes.from_first((pathlib.Path(workdir) / "checkpoints").is_dir()):
     made = image_classifier.get_config()
     with made.unlocked():
       made.data = config.data.copy_and_resolve_references()

@@ -108,11 +108,16 @@ KINDS: Mapping[str, Kind] = {
 }
 
 
+# Fields that say how something is computed, or where something is, and not what. That adapters are
+# of the same start is found by its digest.
 HOW = (
   "mesh",
   "model.attention",
   "model.remat",
-)  # fields that say how something is computed, not what
+  "start.pretrained",
+  "tokenizer.path",
+  "lora.start_digest",
+)
 
 
 def kind_of(config: fields.Config, kinds: Mapping[str, Any] = KINDS) -> Any:
@@ -182,7 +187,7 @@ def start_params(config: fields.Config, mesh: Mesh | None = None) -> state_lib.P
   if c.get("pretrained"):
     return _pretrained(c.pretrained, mesh)
   experiment, trained, _ = restore_trained(None, c.workdir, mesh=mesh, step=c.step, best=c.best)
-  return _whole(experiment.config, mesh, trained)
+  return _merged(experiment.config, mesh, trained)
 
 
 def _name(start: fields.Config) -> str:
@@ -195,9 +200,9 @@ def _pretrained(folder, mesh):
   return pretrained.read(folder, place=place, dtype="float32", stacked=True)[1]
 
 
-def _whole(config, mesh, trained):
+def _merged(config, mesh, trained):
   frozen = start_params(config, mesh) if adapters.used(config) else None
-  return adapters.whole(config, frozen)(trained)
+  return adapters.merging(adapters.identified(config, frozen), frozen)(trained)
 
 
 def restore_params(
@@ -206,7 +211,7 @@ def restore_params(
   """As `restore_trained`, but the whole model's parameters, laid out for use."""
   mesh = partition.make_mesh() if mesh is None else mesh
   experiment, trained, step = restore_trained(config, workdir, mesh=mesh, **wanted)
-  params = _whole(experiment.config, mesh, trained)
+  params = _merged(experiment.config, mesh, trained)
   return experiment, kind_of(experiment.config).finished(params), step
 
 
@@ -246,11 +251,15 @@ def restore_trained(
       step = checkpoint.best_step(manager, workdirs.quality)
   saved = workdirs.saved_config(workdir, step)
   kind = kind_of(saved)
-  experiment = kind.build(saved if config is None else config)
+  experiment = kind.build(saved if config is None else workdirs.resumed(config, workdir))
+  free = [*kind.FREE_TO_EVALUATE, *HOW]
+  if adapters.used(saved):
+    experiment = experiment._replace(config=_of_adapters(experiment.config, saved))
+    free = ["start.workdir" if name == "start" else name for name in free]
   checkpoint.check_config(
-    fields.to_json(saved),
-    fields.to_json(experiment.config),
-    ignore=(*kind.FREE_TO_EVALUATE, *HOW),
+    adapters.compared(fields.to_json(saved)),
+    adapters.compared(fields.to_json(experiment.config)),
+    ignore=free,
   )
   shapes = jax.eval_shape(experiment.init_params, jax.random.key(0))
   mesh = partition.make_mesh() if mesh is None else mesh
@@ -263,6 +272,14 @@ def restore_trained(
       restored = checkpoint.restore_part(manager, abstract, name, step)
       params, step = restored.state, restored.step
   return experiment, params, step
+
+
+def _of_adapters(config, saved):
+  """The configuration, with the digest of what the saved run's adapters change."""
+  config = config.copy_and_resolve_references()
+  with config.unlocked():
+    config.lora.start_digest = saved.lora.start_digest
+  return config.lock()
 
 
 def _averages(config: fields.Config) -> list[tuple[str, float | None]]:

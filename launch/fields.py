@@ -77,6 +77,8 @@ def check(config: Config, sections: Sequence[str]) -> None:
   require(divides, f"train.batch_size={batch_size} {rule}")
   decay, peak = c["train"].get("average_decay", 0.0), c["optimizer"]["peak"]
   warmup = c["optimizer"]["warmup_fraction"]
+  spike = c["train"].get("spike_factor")
+  require(spike is None or spike > 0, f"train.spike_factor is {spike}; it is above 0")
   require(c["seed"] >= 0, f"seed is {c['seed']}; it is at least 0")
   require(0 <= decay < 1, f"train.average_decay is {decay}; it is in [0, 1)")
   require(peak > 0, f"optimizer.peak is {peak}; it is above 0")

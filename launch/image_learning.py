@@ -18,7 +18,7 @@ import numpy as np
 from ..configs import image_classifier
 from ..evaluation import distances
 from ..models import base as models
-from ..training import data, diffusion_learning, learning, preference, sharding, step
+from ..training import data, diffusion_learning, learning, preference, processes, sharding, step
 from ..training import state as state_lib
 from . import fields, images, solving, supervised, workdirs
 
@@ -203,7 +203,8 @@ def classifier_of(experiment: images.Experiment, section: str) -> Any:
 
   config = experiment.config
   c, recipe = config[section], image_classifier.get_config()
-  if "channels" in c and not pathlib.Path(workdirs.checkpoints(c.workdir)).is_dir():
+  there = pathlib.Path(workdirs.checkpoints(c.workdir)).is_dir()
+  if "channels" in c and not processes.from_first(there):
     with recipe.unlocked():
       recipe.seed, recipe.model.channels = c.seed, c.channels
       recipe.data = config.data.copy_and_resolve_references()

@@ -16,7 +16,7 @@ import numpy as np
 
 from ..models import base as models
 from ..models import transformer
-from ..sampling import logits, truncation
+from ..sampling import logits, sharded, truncation
 from ..tasks import base as tasks
 from ..tasks import workers
 from ..training import data, learning, processes, rollouts
@@ -128,14 +128,14 @@ def problems_of(experiment: language.Experiment) -> Callable[[Any], list[tasks.P
 def sampling(
   experiment: language.Experiment,
   verify_all: workers.VerifyAll,
-  whole: adapters.Whole = lambda params: params,
+  merge: adapters.Merge = lambda params: params,
 ) -> Callable[..., rollouts.Rollouts]:
   """(key, params as trained, problems) -> Rollouts, as `config.rollouts` has them.
 
   Args:
     experiment: whose model and task.
     verify_all: of all responses.
-    whole: the model's parameters of those that are trained.
+    merge: the model's parameters of those that are trained.
   """
   r, model = experiment.config.rollouts, experiment.model
   sample = rollouts.sampler(
@@ -150,7 +150,7 @@ def sampling(
   def roll_out(key, params, problems):
     return rollouts.roll_out(
       sample,
-      unstacked(whole(params)),
+      unstacked(merge(params)),
       experiment.task,
       problems,
       key,
@@ -166,7 +166,11 @@ def sampling(
 
 
 def completion(
-  model: models.LanguageModel, method: methods.Method, reference: models.Params, temperature: float
+  model: models.LanguageModel,
+  method: methods.Method,
+  reference: models.Params,
+  temperature: float,
+  merge: adapters.Merge = lambda params: params,
 ) -> Callable[[models.Params, Any], Any]:
   """Adds to a minibatch what its loss reads of the reference, and of the policy before updates.
 
@@ -175,6 +179,7 @@ def completion(
     method: says what is read.
     reference: parameters; on the host they are moved for each minibatch and take no device memory.
     temperature: of the rollouts. Pairs and singles are scored at 1.
+    merge: the model's parameters of those that are trained.
   """
   as_drawn, compared = learning.scorer(model, temperature=temperature), referred(model, reference)
 
@@ -184,7 +189,7 @@ def completion(
     if method.reference:
       minibatch = minibatch | {"reference_log_prob": as_drawn(reference, minibatch)}
     if method.correction is not None:
-      before = as_drawn(params, minibatch)
+      before = as_drawn(merge(params), minibatch)
       weights = method.correction(before - minibatch["log_prob"], minibatch["mask"])
       minibatch = minibatch | {"old_log_prob": before, "correction": weights}
     return minibatch
@@ -219,10 +224,10 @@ def stepping(
   r, method = config.rollouts, methods.build(experiment.model, config)
   offline = r.policy == "start"
   frozen = start() if adapters.used(config) else None
-  whole = adapters.whole(config, frozen)
+  merge = adapters.merging(config, frozen)
   reference = start() if offline or method.reference else None
   if reference is not None and r.reference == "host":
-    reference = jax.device_get(reference)
+    reference = sharded.to_host(reference)
   problems = problems_of(experiment)
   log = rollouts.no_log()
   if jax.process_index() == 0:
@@ -234,7 +239,7 @@ def stepping(
     ) as verify_all,
   ):
     verify_all = _agreed(verify_all)
-    current = sampling(experiment, verify_all, whole)
+    current = sampling(experiment, verify_all, merge)
     from_start = sampling(experiment, verify_all)
     run = learning.round_step(
       learning.Round(
@@ -243,7 +248,7 @@ def stepping(
         else current,
         REWARDS[r.reward],
         method.select,
-        _of_whole(completion(experiment.model, method, reference, r.temperature), whole),
+        completion(experiment.model, method, reference, r.temperature, merge),
         supervised.jitted_step(experiment, abstract, frozen),
         log.write,
       ),
@@ -252,10 +257,6 @@ def stepping(
       num_epochs=config.train.num_epochs,
     )
     yield lambda key, state, batch: run(key, state, problems(batch))
-
-
-def _of_whole(complete, whole):
-  return lambda params, minibatch: complete(whole(params), minibatch)
 
 
 def _agreed(verify_all: workers.VerifyAll) -> workers.VerifyAll:

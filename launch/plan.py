@@ -58,7 +58,10 @@ def plan(config: fields.Config, chip: chips.Chip, num_devices: int) -> Plan:
   experiment = experiment_lib.build(config)
   kind = experiment_lib.kind_of(config)
   if kind.flops is None:
-    raise ValueError("A plan is of training on given examples: plan the run that this starts from.")
+    raise ValueError(
+      "A plan is of steps that are one program, on given examples: plan the run that this starts "
+      "from."
+    )
   sizes = partition.shape(num_devices, **fields.mesh_sizes(config))
   mesh = AbstractMesh(sizes, partition.AXES)
   abstract = experiment_lib.abstract_state(experiment, mesh)

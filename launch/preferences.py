@@ -18,10 +18,11 @@ import numpy as np
 import rich.console
 
 from ..models import base as models
+from ..sampling import sharded
 from ..tasks import tokenizer as tokenizers
-from ..training import data, selection, step
+from ..training import data, selection, sharding, step
 from ..training import state as state_lib
-from . import answers, fields, language, learning, methods, supervised, workdirs
+from . import adapters, answers, fields, language, learning, methods, supervised, workdirs
 
 # What evaluation may change: as of a language model, and all that training alone reads.
 FREE_TO_EVALUATE = (*language.FREE_TO_EVALUATE, "start", "method")
@@ -146,7 +147,7 @@ def scores(
   c = experiment.config.evaluation
 
   @functools.cache  # the reference is read once, and let go of
-  def batches():
+  def batches(mesh):
     count = min(c.num_pairs, len(experiment.held_out))
     pairs = [experiment.held_out[index] for index in range(count)]
     made = [
@@ -155,7 +156,7 @@ def scores(
       )
       for first in range(0, count, c.batch_size)
     ]
-    complete = _completion(experiment, method, lambda: _start_params(experiment.config))
+    complete = _completion(experiment, method, lambda: _start_params(experiment.config, mesh))
     return [complete(batch) for batch in made]
 
   @jax.jit
@@ -164,16 +165,19 @@ def scores(
     return jnp.stack([seen["preferred"].sum(), loss.sum(), weight.sum()])
 
   def score(params):
-    preferred, loss, weight = np.sum([sums(params, batch) for batch in batches()], axis=0)
+    at = jax.tree.leaves(params)[0].sharding
+    mesh = at.mesh if isinstance(at, jax.sharding.NamedSharding) else None
+    found = [sharded.to_host(sums(params, batch)) for batch in batches(mesh)]
+    preferred, loss, weight = np.sum(found, axis=0)
     return {"accuracy": float(preferred / weight), "held_out_loss": float(loss / weight)}
 
   return score
 
 
-def _start_params(config: fields.Config) -> models.Params:
+def _start_params(config: fields.Config, mesh: jax.sharding.Mesh | None) -> models.Params:
   from . import experiment  # which has this kind in its table
 
-  return experiment.start_params(config, fields.mesh_of(config))
+  return experiment.start_params(config, mesh)
 
 
 def _completion(experiment, method, start) -> Callable[[Any], Any]:
@@ -190,10 +194,12 @@ def stepping(
   start: Callable[[], models.Params],
 ) -> Iterator[Callable[..., Any]]:
   """Within it, the (key, state, batch) -> (state, metrics) of a step."""
+  del workdir, done
   method = methods.comparison(experiment.model, experiment.config.method)
   complete = _completion(experiment, method, start)
-  with supervised.stepping(experiment, abstract, workdir, done, start) as update:
-    yield lambda key, state, batch: update(key, state, complete(batch))
+  frozen = start() if adapters.used(experiment.config) else None
+  update, mesh = supervised.jitted_step(experiment, abstract, frozen), sharding.mesh_of(abstract)
+  yield lambda key, state, batch: update(key, state, complete(sharding.rows(batch, mesh)))
 
 
 def evaluate(

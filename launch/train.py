@@ -19,7 +19,7 @@ import os
 import pathlib
 import signal
 import sys
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any, NamedTuple, NoReturn
 
 import jax
@@ -54,6 +54,7 @@ class Run(NamedTuple):
   state: state_lib.TrainState
   batches: Iterator[Any]
   manager: checkpoint.Manager
+  frozen: state_lib.Params | None  # those that adapters change; None where all are trained
 
 
 def open_run(config: fields.Config, workdir: str) -> Run:
@@ -78,6 +79,10 @@ def open_run(config: fields.Config, workdir: str) -> Run:
     process_count=process_count,
     prefetch=2,
   )
+  frozen = None
+  if adapters.used(experiment.config):
+    frozen = experiment_lib.start_params(experiment.config, mesh)
+    experiment = experiment._replace(config=adapters.identified(experiment.config, frozen))
   directory = workdirs.checkpoints(workdir)
   with contextlib.ExitStack() as undo:
     undo.callback(batches.close)
@@ -86,10 +91,9 @@ def open_run(config: fields.Config, workdir: str) -> Run:
     if manager.latest_step() is None:
       state = experiment_lib.first_state(experiment, init_key, abstract)
     else:
-      saved = checkpoint.load_config(directory)
-      checkpoint.check_config(
-        saved, fields.to_json(experiment.config), ignore=(*FREE, *kind.FREE_TO_RESUME)
-      )
+      saved = adapters.compared(checkpoint.load_config(directory))
+      current = adapters.compared(fields.to_json(experiment.config))
+      checkpoint.check_config(saved, current, ignore=(*FREE, *kind.FREE_TO_RESUME))
       restored = checkpoint.restore(manager, abstract)
       if restored.step > config.train.num_steps:
         raise ValueError(
@@ -99,7 +103,7 @@ def open_run(config: fields.Config, workdir: str) -> Run:
       state = restored.state
       data.set_state(batches, restored.data_state)
     undo.pop_all()
-  return Run(experiment, pathlib.Path(workdir), key, abstract, state, batches, manager)
+  return Run(experiment, pathlib.Path(workdir), key, abstract, state, batches, manager, frozen)
 
 
 def _writer(run: Run) -> metrics.Writer:
@@ -133,11 +137,11 @@ def _stopwatch(run: Run, kind: experiment_lib.Kind) -> monitor.Stopwatch:
 
 
 @contextlib.contextmanager
-def _stepping(
-  run: Run, kind: experiment_lib.Kind, start: Callable[[], Any], profile: bool
-) -> Iterator[Any]:
+def _stepping(run: Run, kind: experiment_lib.Kind, profile: bool) -> Iterator[Any]:
   """Within it, the (state, batch) -> (state, metrics) of the run."""
   mesh, done = sharding.mesh_of(run.abstract), int(run.state.step)
+  read = lambda: experiment_lib.start_params(run.experiment.config, mesh)
+  start = read if run.frozen is None else lambda: run.frozen
   with (
     jax.set_mesh(mesh),
     kind.stepping(run.experiment, run.abstract, run.workdir, done, start) as step,
@@ -165,10 +169,7 @@ def train(run: Run, *, profile: bool = False) -> state_lib.TrainState:
   config = fields.to_json(experiment.config)
   if jax.process_index() == 0:
     (run.workdir / "config.json").write_text(json.dumps(config, indent=1))
-  mesh = sharding.mesh_of(run.abstract)
-  start = functools.cache(lambda: experiment_lib.start_params(experiment.config, mesh))
-  adapted = adapters.used(experiment.config)
-  whole = adapters.whole(experiment.config, start() if adapted else None)
+  merge = adapters.merging(experiment.config, run.frozen)
   writer, watch = _writer(run), _stopwatch(run, kind)
   scored: dict[int, dict[str, float]] = {}  # the last evaluation, for the checkpoint of its step
 
@@ -179,14 +180,14 @@ def train(run: Run, *, profile: bool = False) -> state_lib.TrainState:
 
   def evaluate(done, state):
     scored.clear()
-    found = experiment.score(kind.finished(whole(averaging.used(state))))
+    found = experiment.score(kind.finished(merge(averaging.used(state))))
     scored[done] = metrics.write_all(writer, done, found)
 
   def save(done, state):
     checkpoint.save(run.manager, done, state, data.get_state(run.batches), config, scored.get(done))
 
   try:
-    with _stepping(run, kind, start, profile) as step:
+    with _stepping(run, kind, profile) as step:
       return loop.fit(
         run.state,
         watch.batches(run.batches),

@@ -226,7 +226,7 @@ def _written(config: TransformerConfig, name: str) -> dict[str, Any]:
 
 
 # How a model is trained or computed, not what it is.
-_APART = {"dropout", "dtype", "scan_layers", "remat"}
+_APART = {"dropout", "dtype", "scan_layers", "remat", "attention"}
 
 
 def _differing(config: TransformerConfig, other: TransformerConfig) -> list[str]:

@@ -12,6 +12,7 @@ Reference: Karras et al. 2023, arXiv 2312.02696, section 3 and appendix C.
 """
 
 from collections.abc import Iterable, Sequence
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -96,13 +97,23 @@ def posthoc_weights(
 
 
 def combined(weighted: Iterable[tuple[float, state_lib.Params]]) -> state_lib.Params:
-  """sum_i w_i params_i, one snapshot in memory at a time, summed in float64."""
-  total = None
+  """sum_i w_i params_i, one snapshot in memory at a time, summed in float64 where each part is."""
+  total: Any = None
   for weight, params in weighted:
-    scaled = jax.tree.map(lambda leaf, w=weight: w * np.asarray(leaf, np.float64), params)
-    total = scaled if total is None else jax.tree.map(np.add, total, scaled)
-    dtypes = jax.tree.map(lambda leaf: leaf.dtype, params)
-  return jax.tree.map(lambda leaf, dtype: jnp.asarray(leaf, dtype), total, dtypes)
+    leaves, structure = jax.tree.flatten(jax.tree.map(jnp.asarray, params))
+    parts = [[weight * np.asarray(x.data, np.float64) for x in _local(leaf)] for leaf in leaves]
+    total = parts if total is None else jax.tree.map(np.add, total, parts)
+
+  def placed(leaf, parts):
+    pairs = zip(parts, _local(leaf), strict=True)
+    arrays = [jax.device_put(part.astype(leaf.dtype), shard.device) for part, shard in pairs]
+    return jax.make_array_from_single_device_arrays(leaf.shape, leaf.sharding, arrays)
+
+  return structure.unflatten(map(placed, leaves, total))
+
+
+def _local(leaf: jax.Array) -> list[Any]:
+  return leaf.addressable_shards
 
 
 def used(state: state_lib.TrainState) -> state_lib.Params:

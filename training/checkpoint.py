@@ -11,6 +11,8 @@ parameters, or their average) restores without the structure of the rest (the op
 import contextlib
 import dataclasses
 import gc
+import hashlib
+import json
 import logging as std_logging
 import math
 import sys
@@ -78,8 +80,21 @@ def _plain_shape(leaf: Any) -> jax.ShapeDtypeStruct:
 
 
 def _checksums(leaves: Mapping[str, jax.Array]) -> dict[str, int]:
-  sums = jax.device_get({path: fingerprint.checksum(leaf) for path, leaf in leaves.items()})
+  # One program: of leaves that are split, each sum is a collective, and devices that CPU threads
+  # stand for may wait for one another's forever where many are under way.
+  sums = jax.device_get(_all_checksums(dict(leaves)))
   return {path: int(value) for path, value in sums.items()}
+
+
+@jax.jit
+def _all_checksums(leaves):
+  return jax.tree.map(fingerprint.checksum, leaves)
+
+
+def digest(tree: Any) -> str:
+  """16 digits that say which arrays these are, wherever they are: of their checksums by path."""
+  leaves = dict(zip(_paths(tree), map(_plain, jax.tree.leaves(tree)), strict=True))
+  return hashlib.sha256(json.dumps(_checksums(leaves)).encode()).hexdigest()[:16]
 
 
 def _score(directory: epath.Path, step: int, best: Score, metrics: Any = None) -> float:

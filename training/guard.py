@@ -60,6 +60,8 @@ def spikes(factor: float, *, window: int = 128) -> Judge:
   losses: collections.deque[float] = collections.deque(maxlen=window)
 
   def judge(scalars):
+    if "loss" not in scalars:  # a round that found nothing to learn from
+      return None
     loss, held = scalars["loss"], np.asarray(losses)
     losses.append(loss)
     if len(held) < window:

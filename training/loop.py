@@ -56,12 +56,14 @@ def fit(
 ) -> state_lib.TrainState:
   """Trains until `num_steps` steps are made in all, from wherever `state` stands.
 
-  SIGTERM and SIGINT let the step under way finish; then it saves and raises, unless that step was
-  the last. Of several processes one is enough to stop all, after the same step. At a step that
-  calls for several, evaluation comes before saving, so the checkpoint can carry its result.
+  SIGTERM and SIGINT let the step under way finish; then it saves and raises, after the last step
+  too: there may be other runs to come. Of several processes one is enough to stop all, after the
+  same step. At a step that calls for several, evaluation comes before saving, so the checkpoint can
+  carry its result.
 
   Every step is judged, in order: when the next one is dispatched, so that the device does not wait,
-  or at once where anything is due after it. So nothing is written or saved of a bad step, or after.
+  or at once where anything is due after it or its metrics are no arrays of a device. So nothing is
+  written or saved of a bad step, or after.
 
   Args:
     state: to start from; donated if `step` donates.
@@ -91,15 +93,17 @@ def fit(
       progress(done := done + 1)
       before = (done, batch, metrics)
       due = functools.partial(_due, done, num_steps)
-      stop = interrupted(done) if done < num_steps else None
-      if due(write) or due(evaluate) or due(save) or stop:
+      stop = interrupted()
+      on_host = not any(isinstance(value, jax.Array) for value in metrics.values())
+      if due(write) or due(evaluate) or due(save) or stop or on_host:
         scalars, before = _judged(judge, metrics, *before), None
       if due(write):
         write.action(done, scalars)
-      if due(evaluate) and not stop:
+      if due(evaluate) and (not stop or done == num_steps):
         evaluate.action(done, state)
       if due(save) or stop:
         save.action(done, state)
+      stop = stop or (interrupted() if done == num_steps else None)  # what came while saving
       if stop:
         raise Interrupted(stop, done, num_steps)
   return state

@@ -12,10 +12,10 @@ adapters is made inside it:
       return step.train_step(key, state, batch, loss_fn=loss_fn, optimizer=..., averaging=...)
 
 The model and its loss are unchanged: they see the params W'. That costs 2 in out r operations a
-matrix forward and 4 backward, once a step and not per token, which is nothing where a batch has far
-more than r tokens. But the gradient of W', of the matrix's size, is made on the way to those of A
-and B: a step takes the time of one that trains all, and while it runs memory for W' and its
-gradient. What is saved is what is kept between steps. Dropout of an adapter's input, which the
+matrix forward and 4 backward, once a microbatch and not per token, which is nothing where a batch
+has far more than r tokens. But the gradient of W', of the matrix's size, is made on the way to
+those of A and B: a step takes the time of one that trains all, and while it runs memory for W' and
+its gradient. What is saved is what is kept between steps. Dropout of an adapter's input, which the
 paper's code has, is not a change of W, and there is none here.
 
 Reference: Hu et al. 2021, arXiv 2106.09685, section 4.1.

@@ -91,7 +91,11 @@ def _peak(jaxpr: Any, size: Size, *, own_inputs: bool) -> int:
     dead = dying.get(number, set())
     name = equation.primitive.name
     inputs = [v for v in equation.invars if not _is_literal(v)]
-    if name in _RENAMES or (name in _FUSED and _is_fused(equation.outvars[0], users)):
+    if name == "optimization_barrier":
+      for variable, source in zip(equation.outvars, equation.invars, strict=True):
+        memory.hold(variable, [] if _is_literal(source) else memory.of([source]))
+      made = ()
+    elif name in _FREE or (name in _FUSED and _is_fused(equation.outvars[0], users)):
       memory.hold(equation.outvars[0], memory.of(inputs))
       made = ()
     else:
@@ -143,7 +147,7 @@ def _is_fused(variable, users) -> bool:
   """Whether XLA makes it inside the one equation that uses it."""
   match users.get(variable, []):
     case [user]:
-      return user in _FUSED | _RENAMES or user.startswith("reduce_")
+      return user in _FUSED | _FREE or user.startswith("reduce_")
     case several:
       return not several
 
@@ -162,9 +166,9 @@ def _jaxprs(params: Mapping[str, Any]) -> list[Any]:
   return found
 
 
-_RENAMES = frozenset(
+_FREE = frozenset(
   "reshape broadcast_in_dim squeeze expand_dims convert_element_type stop_gradient copy iota "
-  "sharding_constraint optimization_barrier name transpose slice rev".split()
+  "sharding_constraint name transpose slice rev".split()
 )
 _FUSED = frozenset(
   "add sub mul div max min exp log tanh neg sign rsqrt sqrt integer_pow pow select_n eq ne lt gt "

@@ -4,10 +4,12 @@ With a single process, each of these does nothing.
 """
 
 import contextlib
+import itertools
 import json
 import os
 import re
 import signal
+import sys
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -15,6 +17,8 @@ import jax
 import numpy as np
 import orbax.checkpoint as ocp
 from jax.experimental import multihost_utils
+
+_CALLS = itertools.count()  # of all runs of the process: the service's count never restarts
 
 
 class MissingProcessError(RuntimeError):
@@ -58,12 +62,17 @@ def together(name: str, *, timeout: float) -> Iterator[None]:
     timeout: seconds, above that of the heartbeat.
 
   Raises:
-    MissingProcessError: others are there but hang.
+    MissingProcessError: others are there but hang, or run on; its cause is what failed here.
   """
   try:
     yield
-  except Exception:
-    barrier(f"the end of {name}", timeout=timeout)
+  except Exception as error:
+    if jax.process_count() > 1:  # the service may end this process before it can raise
+      print(f"{type(error).__name__}: {error}", file=sys.stderr, flush=True)
+    try:
+      barrier(f"the end of {name}", timeout=timeout)
+    except MissingProcessError as missing:
+      raise missing from error
     raise
 
 
@@ -80,12 +89,12 @@ def from_first(value: Any) -> Any:
 
 
 @contextlib.contextmanager
-def signals() -> Iterator[Callable[[int], str | None]]:
-  """Within it, SIGTERM and SIGINT are only noted; yields (step) -> the name of what came, if any.
+def signals() -> Iterator[Callable[[], str | None]]:
+  """Within it, SIGTERM and SIGINT are only noted; yields a function: the name of what came, if any.
 
   The first says so on standard error. A second one is taken as impatience: KeyboardInterrupt. Of
-  several processes one is enough: all are told the same at the same step, which the caller has to
-  count alike. JAX notes the signal there, within a second or so.
+  several processes one is enough: at the same call, the function says the same to all, who have to
+  call it alike. JAX notes the signal there, within a second or so.
   """
   caught: list[str] = []
   several = jax.process_count() > 1
@@ -100,13 +109,13 @@ def signals() -> Iterator[Callable[[int], str | None]]:
     if several:
       signal.raise_signal(signal.SIGTERM)
 
-  def among_all(step):
-    return "SIGTERM" if multihost_utils.reached_preemption_sync_point(step) else None
+  def among_all():
+    return "SIGTERM" if multihost_utils.reached_preemption_sync_point(next(_CALLS)) else None
 
   names = ("SIGINT",) if several else ("SIGTERM", "SIGINT")
   previous = {name: signal.signal(getattr(signal, name), note) for name in names}
   try:
-    yield among_all if several else lambda step: caught[0] if caught else None
+    yield among_all if several else lambda: caught[0] if caught else None
   finally:
     for name, handler in previous.items():
       signal.signal(getattr(signal, name), handler)

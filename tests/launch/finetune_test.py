@@ -8,8 +8,8 @@ import numpy as np
 import pytest
 
 import targets
-from ancestral.configs import finetune
-from ancestral.launch import evaluate, experiment, export, fields, plan, sample, train
+from ancestral.configs import finetune, policy
+from ancestral.launch import adapters, evaluate, experiment, export, fields, plan, sample, train
 from ancestral.models import pretrained, transformer
 from ancestral.training import checkpoint, chips, metrics
 
@@ -93,8 +93,17 @@ def test_all_parameters(command, folder, pairs, tmp_path):
 
 
 @pytest.fixture(scope="module")
-def sums(folder, tmp_path_factory):
+def sums_folder(tmp_path_factory):
   return tmp_path_factory.mktemp("sums") / "run"
+
+
+@pytest.fixture
+def sums(command, folder, sums_folder):
+  """A run of adapters of four steps, made once."""
+  if not sums_folder.exists():
+    outcome = tune_sums(command, folder, sums_folder)
+    assert outcome.status == 0, outcome.err
+  return sums_folder
 
 
 def tune_sums(command, folder, workdir, *more):
@@ -111,8 +120,6 @@ def tune_sums(command, folder, workdir, *more):
 
 def test_adapters(command, folder, sums):
   """They change what they are of and no more; checkpoints are of their size."""
-  outcome = tune_sums(command, folder, sums)
-  assert outcome.status == 0, outcome.err
   start = pretrained.read(folder)[1]
   params = restored(sums)
   changed = jax.tree.map(lambda a, b: bool(np.any(a != b)), params, start)
@@ -191,6 +198,63 @@ def test_adapters_go_to_another_library_and_come_back(command, folder, sums, tmp
     )
   ]
   assert drawn[0] == drawn[1] == drawn[2] != drawn[3]
+
+
+def test_adapters_are_of_one_start(command, folder, sums, tmp_path):
+  """Wherever that lies by now; but of other parameters they mean nothing."""
+  flags = [f"--config={FINETUNE}:sums", "--config.lora.rank=4", *SUMS]
+  moved, other = tmp_path / "moved", tmp_path / "other"
+  shutil.copytree(folder, moved)
+  outcome = command(evaluate, f"--workdir={sums}", *flags, f"--config.start.pretrained={moved}")
+  assert outcome.status == 0, outcome.err
+  config, params = pretrained.read(folder)
+  shutil.copytree(folder, other)
+  (other / "model.safetensors").unlink()
+  params = jax.tree.map(lambda leaf: 1.5 * leaf, params)
+  pretrained.write(tmp_path / "written", config, params, family="qwen2")
+  shutil.copy(tmp_path / "written" / "model.safetensors", other)
+  outcome = command(evaluate, f"--workdir={sums}", *flags, f"--config.start.pretrained={other}")
+  assert outcome.status == 2 and "config.start has other parameters" in outcome.err
+
+
+def test_adapters_of_a_run_that_went_on(command, folder, sums, tmp_path):
+  """Evaluated by the command they were trained with, they change what they changed then."""
+  start, run = tmp_path / "start", tmp_path / "run"
+  shutil.copytree(sums, start)
+  learn = [
+    "--config=configs/policy.py:raft",
+    f"--config.start.workdir={start}",
+    "--config.lora.rank=2",
+    *flags_of(
+      train__num_steps=1,
+      train__batch_size=2,
+      rollouts__group_size=2,
+      rollouts__num_workers=1,
+      evaluation__num_problems=2,
+      evaluation__num_samples=1,
+      evaluation__batch_size=8,
+    ),
+  ]
+  assert command(train, f"--workdir={run}", *learn).status == 0
+  before = restored(run)
+  more = [
+    f"--config={FINETUNE}:sums",
+    f"--config.start.pretrained={folder}",
+    "--config.lora.rank=4",
+  ]
+  flags = [*more, *SUMS, "--config.train.num_steps=6"]
+  assert command(train, f"--workdir={start}", *flags).status == 0
+  outcome = command(evaluate, f"--workdir={run}", *learn)
+  assert outcome.status == 0, outcome.err
+  jax.tree.map(np.testing.assert_array_equal, restored(run), before)
+
+
+def test_runs_from_before_there_were_adapters_go_on():
+  config = policy.get_config("grpo").to_dict()
+  old = {name: value for name, value in config.items() if name != "lora"}
+  assert adapters.compared(config) == old == adapters.compared(old)
+  config["lora"]["rank"] = 4
+  assert adapters.compared(config) == config
 
 
 @pytest.mark.parametrize(

@@ -3,11 +3,13 @@
 The `eight_*` functions need eight devices: `test_on_eight_devices` runs them in a process that has.
 """
 
+import jax
 import numpy as np
 import pytest
 
 import targets
-from ancestral.launch import evaluate, sample, train
+from ancestral.launch import evaluate, experiment, sample, train
+from ancestral.models import partition
 from ancestral.training import metrics
 
 MESHES = {
@@ -119,3 +121,42 @@ def eight_devices_learn_from_samples(command, tiny, tmp_path):
   same(command, learn, runs, mesh__fsdp=2, mesh__tensor=2)
   texts = [(run / "rollouts.jsonl").read_text().count('"text"') for run in runs]
   assert texts == [3 * 8 * 4] * 2
+
+
+def eight_devices_use_what_others_trained(command, tiny, tmp_path):
+  """Pairs are scored with a reference on the mesh of the command, not of the run."""
+  start, run, pairs = tmp_path / "start", tmp_path / "run", tmp_path / "pairs.jsonl"
+  assert command(train, f"--workdir={start}", *tiny_sums(tiny)(train__num_steps=4)).status == 0
+  pairs.write_text('{"prompt": "1+2=", "chosen": "3", "rejected": "4"}\n' * 40)
+  flags = [f"--workdir={run}", "--config=configs/preference.py:file"]
+  settings = {
+    "start.workdir": start,
+    "data.path": pairs,
+    "train.num_steps": 2,
+    "train.batch_size": 8,
+    "train.evaluate_every": 2,
+    "evaluation.batch_size": 8,
+    "evaluation.num_problems": 2,
+    "mesh.fsdp": 2,
+    "mesh.tensor": 2,
+  }
+  outcome = command(train, *flags, *(f"--config.{k}={v}" for k, v in settings.items()))
+  assert outcome.status == 0, outcome.err
+  outcome = command(evaluate, f"--workdir={run}", "--mesh=data=8")
+  assert outcome.status == 0, outcome.err
+
+
+def eight_devices_keep_many_split_averages(command, tiny, tmp_path):
+  """Their checksums are one program; and what is made of them later is split as the others."""
+  flags = [f"--workdir={tmp_path / 'run'}", *tiny("image_diffusion.py:digits", mesh__fsdp=8)]
+  flags += ["--config.train.average_stds=(0.1,0.05)", "--config.model.width=32"]
+  outcome = command(train, *flags, "--config.evaluation.evaluations=4")
+  assert outcome.status == 0, outcome.err
+  mesh = partition.make_mesh(fsdp=8)
+  kept, found = (
+    experiment.restore_params(None, str(tmp_path / "run"), mesh=mesh, average_std=std)[1]
+    for std in (None, 0.08)
+  )
+  at = lambda tree: jax.tree.map(lambda x: x.sharding, tree)
+  assert at(kept) == at(found)
+  assert any(not x.sharding.is_fully_replicated for x in jax.tree.leaves(found))

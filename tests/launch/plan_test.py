@@ -122,6 +122,16 @@ def test_a_loop_takes_one_turn_of_memory_and_stacks_its_results():
   assert memory.peak(loop, x) == pytest.approx(4e6 + 10 * 4e3, rel=0.01)
 
 
+def test_a_barrier_passes_each_array_on():
+  x = jax.ShapeDtypeStruct((1000, 1000), np.float32)
+
+  def kept(a, b):
+    a, b = jax.lax.optimization_barrier((a, b))
+    return a @ b, a, b
+
+  assert memory.peak(kept, x, x) == pytest.approx(12e6)
+
+
 def test_traffic_by_hand():
   """Of 1,000 parameters on 2 x 4 x 1 x 2 devices, two microbatches, two layers."""
   own = budget.Held(params=4 * 1000 // 8, optimizer=1000, average=0, frozen=0)

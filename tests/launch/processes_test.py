@@ -198,3 +198,34 @@ def test_two_learn_from_samples_as_one_and_evaluate(alone_run, tmp_path):
 
 def rounds(workdir):
   return [m for m in metrics.read_jsonl(workdir / "metrics.jsonl") if "reward" in m]
+
+
+PREFER = """
+from ancestral.configs import preference
+
+
+def get_config():
+  config = preference.get_config("file")
+  with config.unlocked():
+    config.start.workdir = "{start}"
+    config.data.path = "{pairs}"
+    config.train.update(num_steps=4, batch_size=8, log_every=1, evaluate_every=4, save_every=4)
+    config.evaluation.update(num_problems=4, num_samples=1, batch_size=8)
+  return config.lock()
+"""
+
+
+@pytest.mark.slow
+def test_two_learn_from_pairs_as_one(alone_run, tmp_path):
+  """Each scores its own rows by the reference."""
+  pairs = tmp_path / "pairs.jsonl"
+  rows = [(i, j, (i + j) % 10, (i * j + 1) % 10) for i in range(10) for j in range(10)]
+  line = '{{"prompt": "{}+{}=", "chosen": "{}", "rejected": "{}"}}\n'
+  pairs.write_text("".join(line.format(*row) for row in rows))
+  config, found = PREFER.format(start=alone_run, pairs=pairs), []
+  for num in (1, 2):
+    run = Run(tmp_path, tmp_path / f"run_{num}", num, config=config)
+    assert run.wait() == [0] * num, run.said()
+    found.append(losses(tmp_path / f"run_{num}"))
+  np.testing.assert_allclose(*found, atol=1e-5)
+  assert len(found[0]) == 4 and len(set(found[0])) > 1

@@ -3,6 +3,7 @@
 import jax
 import pytest
 
+import targets
 from ancestral.models import families, pretrained, rotary
 
 LLAMA3 = {
@@ -175,3 +176,8 @@ def test_windows_from_a_layer_on_are_a_pattern():
   assert config.window == 32768 and config.local_layers == (False,) * 20 + (True,) * 4
   _, written = families.to_json(config)
   assert written["max_window_layers"] == 20 and written["use_sliding_window"]
+
+
+def test_how_attention_is_computed_is_no_part_of_a_family():
+  config = targets.tiny_config(attention="xla", remat="full", dropout=0.1)
+  assert families.to_json(config)[0] == "llama"

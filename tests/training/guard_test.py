@@ -182,3 +182,10 @@ def test_a_run_that_diverges_leaves_its_last_good_save_and_the_batch(tmp_path):
   assert saved[-1][0] == 32 and abs(saved[-1][1]) < 1
   with np.load(guard.save(tmp_path, error.value) / "batch_0.npz") as held:
     assert held["scale"].tolist() == [1e4] * 3
+
+
+def test_a_round_without_a_loss_is_no_spike():
+  judge = guard.spikes(3.0, window=2)
+  assert [judge(scalars) for scalars in ({"loss": 1.0}, {"selected": 0.0}, {"loss": 1.1})] == [
+    None
+  ] * 3

@@ -231,3 +231,28 @@ def test_what_the_judge_says_is_what_the_error_says():
   judge = lambda scalars: "loss is too good" if scalars["loss"] == 4 else None
   with pytest.raises(FloatingPointError, match="The loss is too good at step 4, and nothing"):
     run(Record(), 9, judge=judge)
+
+
+@pytest.mark.parametrize("during", ["evaluate", "save"])
+def test_a_signal_in_what_follows_the_last_step_is_told(handlers, during):
+  """All is done and saved, but other runs of a sweep are not to begin."""
+  record = Record({(during, 2): [send(signal.SIGTERM)]})
+  with pytest.raises(loop.Interrupted, match="SIGTERM after step 2 of 2"):
+    run(record, 2)
+  assert [event[0] for event in record][-3:] == ["write", "evaluate", "save"]
+
+
+def test_a_step_of_numbers_is_judged_at_once():
+  """As a round's are: the next would draw samples, and write them down."""
+  rounds = []
+
+  def step(held, batch):
+    rounds.append(batch)
+    return held._replace(step=held.step + 1), {"loss": float("nan") if batch == 2 else 1.0}
+
+  never = loop.Every(1000, lambda *args: None)
+  with pytest.raises(loop.Diverged, match="step 2"):
+    loop.fit(
+      start(), itertools.count(1), step, num_steps=9, write=never, evaluate=never, save=never
+    )
+  assert rounds == [1, 2]
