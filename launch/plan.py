@@ -67,12 +67,7 @@ def plan(config: fields.Config, chip: chips.Chip, num_devices: int) -> Plan:
   abstract = experiment_lib.abstract_state(experiment, mesh)
   batch = batch_of(experiment, config.train.batch_size)
   parts = mesh.shape["data"] * mesh.shape["fsdp"]
-  at_once = parts * config.train.num_microbatches
-  if config.train.batch_size % at_once:
-    raise ValueError(
-      f"config.train.batch_size={config.train.batch_size} does not divide over {parts} devices of "
-      f"data and fsdp in {config.train.num_microbatches} microbatches."
-    )
+  supervised.check_batch(config, mesh)
   rows = config.train.batch_size / parts / mesh.shape["sequence"]
   share = _share(experiment, mesh.shape["tensor"])
   frozen = _frozen(experiment, mesh)

@@ -19,9 +19,19 @@ def share(config: fields.Config, mesh: jax.sharding.Mesh) -> tuple[int, int]:
   Raises:
     ValueError: the batch or its microbatches do not divide over the mesh.
   """
-  c = config.train
-  sharding.share(mesh, c.batch_size // c.num_microbatches)
-  return sharding.share(mesh, c.batch_size)
+  check_batch(config, mesh)
+  return sharding.share(mesh, config.train.batch_size)
+
+
+def check_batch(config: fields.Config, mesh: jax.sharding.Mesh | jax.sharding.AbstractMesh) -> None:
+  """Raises ValueError where a microbatch's rows do not divide over the mesh."""
+  c, parts = config.train, mesh.shape["data"] * mesh.shape["fsdp"]
+  rows = c.batch_size // c.num_microbatches
+  fields.require(
+    rows % parts == 0,
+    f"train.batch_size={c.batch_size} in {c.num_microbatches} microbatches does not divide over "
+    f"the {parts} devices of data and fsdp",
+  )
 
 
 def everything(config: fields.Config, mesh: jax.sharding.Mesh) -> tuple[int, int]:

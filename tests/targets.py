@@ -38,6 +38,27 @@ TINY = {
 }
 
 
+# What two families differ in from Llama, as fields of `tiny_config`.
+GEMMA2 = {
+  "window": 4,
+  "window_pattern": (True, False),
+  "attention_softcap": 20.0,
+  "logit_softcap": 10.0,
+  "activation": "gelu_tanh",
+  "zero_centred_norms": True,
+  "post_norms": True,
+  "embedding_scale": 32**0.5,
+}
+GPT2 = {
+  "norm": "layer",
+  "gated_mlp": False,
+  "activation": "gelu_tanh",
+  "use_bias": True,
+  "positions": "learned",
+  "num_kv_heads": 4,
+}
+
+
 def tiny_config(**fields) -> transformer.TransformerConfig:
   """Two layers of width 32, with grouped queries."""
   return transformer.TransformerConfig(**{**TINY, **fields})

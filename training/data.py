@@ -271,7 +271,8 @@ def _local_batches(rows, batch_size: int, index: int, count: int) -> grain.IterD
   """Process `index` gets rows [index * b, (index + 1) * b) of every global batch, b = B / count."""
   local = batch_size // count
   if isinstance(rows, grain.MapDataset):  # slices the indices: other processes' rows are not read
-    whole = len(rows) // batch_size * batch_size
+    # An endless data set has the greatest length there is, of which grain cannot take a slice.
+    whole = min(len(rows), 2**62) // batch_size * batch_size
     return _iterable(rows[:whole].batch(local)[index::count])
   mine = slice(index * local, (index + 1) * local)
   whole_batches = rows.batch(batch_size, drop_remainder=True)

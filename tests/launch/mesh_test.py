@@ -67,7 +67,10 @@ def eight_devices_train_a_language_model(command, tiny, tmp_path, name):
 
 def eight_devices_refuse_a_language_model_s_batch(command, tiny, tmp_path):
   outcome = command(train, f"--workdir={tmp_path / 'run'}", *tiny(train__batch_size=12))
-  assert outcome.status == 2 and "A batch of 12 does not divide over the 8" in outcome.err
+  assert (
+    outcome.status == 2
+    and "train.batch_size=12 in 1 microbatches does not divide over the 8" in outcome.err
+  )
   outcome = command(sample, f"--workdir={tmp_path / 'run'}", "--prompt=1", "--mesh=fsdp=3")
   assert outcome.status == 2 and "does not fill the 8 devices" in outcome.err
   outcome = command(sample, f"--workdir={tmp_path / 'run'}", "--prompt=1", "--mesh=rows=8")

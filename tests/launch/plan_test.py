@@ -169,7 +169,7 @@ def test_the_command(command):
   "flags, message",
   [
     (["--devices=6", "--config.mesh.fsdp=4"], "does not fill the 6 devices"),
-    (["--devices=64"], "batch_size=32 does not divide over 64 devices"),
+    (["--devices=64"], "batch_size=32 in 1 microbatches does not divide over the 64 devices"),
     ([], "--config is missing"),
   ],
 )

@@ -22,26 +22,13 @@ LLAMA3 = {
 }
 YARN = {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 8}
 GEMMA = {
-  "window": 4,
-  "window_pattern": (True, False),
+  **targets.GEMMA2,
   "attention_scale": 0.25,
   "attention_softcap": 1.5,
   "logit_softcap": 4.0,
-  "activation": "gelu_tanh",
-  "zero_centred_norms": True,
-  "post_norms": True,
-  "embedding_scale": 32**0.5,
   "num_layers": 3,
 }
-GPT2 = {
-  "norm": "layer",
-  "gated_mlp": False,
-  "activation": "gelu_tanh",
-  "use_bias": True,
-  "positions": "learned",
-  "num_kv_heads": 4,
-  "norm_epsilon": 1e-3,
-}
+GPT2 = {**targets.GPT2, "norm_epsilon": 1e-3}
 VARIANTS = {
   "llama": {},
   "gemma": GEMMA,

@@ -14,25 +14,7 @@ from ancestral.models import pretrained, rotary, transformer
 
 YARN = {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 16}
 QWEN = {"tied_embeddings": False, "qkv_bias": True}
-GEMMA = {
-  "window": 4,
-  "window_pattern": (True, False),
-  "attention_scale": 20**-0.5,
-  "attention_softcap": 20.0,
-  "logit_softcap": 10.0,
-  "activation": "gelu_tanh",
-  "zero_centred_norms": True,
-  "post_norms": True,
-  "embedding_scale": 32**0.5,
-}
-GPT2 = {
-  "norm": "layer",
-  "gated_mlp": False,
-  "activation": "gelu_tanh",
-  "use_bias": True,
-  "positions": "learned",
-  "num_kv_heads": 4,
-}
+GEMMA = {**targets.GEMMA2, "attention_scale": 20**-0.5}
 # By name, the family that is found and the fields.
 VARIANTS = {
   "llama": ("llama", {"rotary_base": 500.0}),
@@ -45,8 +27,8 @@ VARIANTS = {
   "qwen3": ("qwen3", {"qk_norm": True, "head_dim": 12}),
   "gemma2": ("gemma2", GEMMA),
   "gemma2_plain": ("gemma2", {**GEMMA, "window": None, "attention_softcap": None, "head_dim": 16}),
-  "gpt2": ("gpt2", GPT2),
-  "gpt2_unscaled": ("gpt2", {**GPT2, "attention_scale": 1.0, "activation": "gelu"}),
+  "gpt2": ("gpt2", targets.GPT2),
+  "gpt2_unscaled": ("gpt2", {**targets.GPT2, "attention_scale": 1.0, "activation": "gelu"}),
 }
 
 

@@ -16,31 +16,13 @@ pytestmark = [
   pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing` is deprecated:FutureWarning"),
 ]
 
-GEMMA = {
-  "window": 4,
-  "window_pattern": (True, False),
-  "attention_softcap": 20.0,
-  "logit_softcap": 10.0,
-  "activation": "gelu_tanh",
-  "zero_centred_norms": True,
-  "post_norms": True,
-  "embedding_scale": 32**0.5,
-}
-GPT2 = {
-  "norm": "layer",
-  "gated_mlp": False,
-  "activation": "gelu_tanh",
-  "use_bias": True,
-  "positions": "learned",
-  "num_kv_heads": 4,
-}
 # Fields of the model, patterns, and whether the scale is rank-stabilised.
 CASES = {
   "llama": ({}, ("attention/(query|value)/kernel",), False),
   "llama_one_layer": ({"scan_layers": False}, ("layers/1/.*(query|up)/kernel",), True),
   "qwen2_readout": ({"qkv_bias": True, "tied_embeddings": False}, ("kernel", "readout"), True),
-  "gemma2": (GEMMA, ("kernel",), False),
-  "gpt2": (GPT2, ("attention/output/kernel", "mlp/(up|down)/kernel"), False),
+  "gemma2": (targets.GEMMA2, ("kernel",), False),
+  "gpt2": (targets.GPT2, ("attention/output/kernel", "mlp/(up|down)/kernel"), False),
 }
 TOKENS = np.random.default_rng(0).integers(0, 23, (3, 12))
 

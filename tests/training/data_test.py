@@ -293,3 +293,9 @@ def test_sides_share_out_the_items():
   assert abs(len(test) - 60) < 4 * (300 * 0.2 * 0.8) ** 0.5
   with pytest.raises(ValueError, match="none of 300 items is on the test side"):
     data.side(source, "test", test_percent=0)
+
+
+def test_batches_of_one_have_no_end():
+  source = data.Source(3, lambda index: {"x": np.int64(index)})
+  stream = data.batches(source, lambda rows: rows, batch_size=1)
+  assert len({int(next(stream)["x"][0]) for _ in range(9)}) == 3

@@ -12,14 +12,6 @@ from ancestral.models import safetensors_files
 from ancestral.training import lora, peft_layout
 
 CONFIG = targets.tiny_config()
-GPT2 = {
-  "norm": "layer",
-  "gated_mlp": False,
-  "activation": "gelu_tanh",
-  "use_bias": True,
-  "positions": "learned",
-  "num_kv_heads": 4,
-}
 
 
 def adapters_of(patterns, rank=3, **fields):
@@ -88,11 +80,11 @@ def test_there_and_back(tmp_path, fields, patterns):
 
 
 def test_gpt2_has_kernels_the_other_way_round_and_some_side_by_side(tmp_path):
-  config = targets.tiny_config(**GPT2)
-  directory, _ = written(tmp_path, adapters_of(("mlp/up/kernel",), **GPT2), config)
+  config = targets.tiny_config(**targets.GPT2)
+  directory, _ = written(tmp_path, adapters_of(("mlp/up/kernel",), **targets.GPT2), config)
   assert fields_of(directory)["fan_in_fan_out"]
   with pytest.raises(ValueError, match="layers/0/attention/query/kernel: gpt2 has no module"):
-    adapters = adapters_of(("query/kernel",), **GPT2)
+    adapters = adapters_of(("query/kernel",), **targets.GPT2)
     peft_layout.write(tmp_path / "fused", config, adapters, alpha=1.0)
   assert not (tmp_path / "fused").exists()
 

@@ -138,6 +138,15 @@ def eight_devices_train_as_one_in_parts(way):
   np.testing.assert_allclose(losses, alone()[0], rtol=0, atol=1e-5)
 
 
+def eight_devices_train_as_one_by_muon(monkeypatch):
+  """Which makes whole matrices orthogonal, however they are split."""
+  muon = optimizer.muon(optax.constant_schedule(1e-2))
+  monkeypatch.setitem(globals(), "OPTIMIZER", muon)
+  losses = [trained(**shape)[0] for shape in ({"data": 1}, MESHES["all_axes"])]
+  np.testing.assert_allclose(*losses, rtol=0, atol=1e-5)
+  assert losses[0][0] - losses[0][-1] > 1
+
+
 @functools.cache
 def gaps(num_new=8):
   """One device's greedy tokens, and the gap in logits between the first two at each."""
