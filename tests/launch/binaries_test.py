@@ -145,7 +145,7 @@ def test_a_run_is_not_shortened_after_the_fact(command, tiny, trained):
 
 
 def test_a_second_interrupt_ends_at_once(command, tiny, tmp_path, monkeypatch):
-  def impatient(run):
+  def impatient(run, profile):
     run.batches.close()
     run.manager.close()
     raise KeyboardInterrupt

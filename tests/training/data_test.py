@@ -120,9 +120,14 @@ def test_first_fit_keeps_examples_whole():
 @pytest.mark.parametrize("prefetch", [0, 2])
 def test_restored_position_continues_bitwise(name, prefetch):
   source = data.task_source(TASK, 5, size=23)
-  make = lambda: data.batches(
-    source, SPLITTERS[name], batch_size=4, seed=1, epochs=3, prefetch=prefetch
-  )
+  made = []
+
+  def make():
+    made.append(
+      data.batches(source, SPLITTERS[name], batch_size=4, seed=1, epochs=3, prefetch=prefetch)
+    )
+    return made[-1]
+
   whole = list(make())
   assert len(whole) > 6
   for stop in range(0, len(whole) + 1, 3):
@@ -137,6 +142,8 @@ def test_restored_position_continues_bitwise(name, prefetch):
       take(iterator, 3)
       data.set_state(iterator, state)
       assert_same(take(iterator, 3), whole[stop : stop + 3])
+    while prefetch and made:
+      made.pop().close()  # its thread must not be the one that collects it
 
 
 @pytest.mark.parametrize("count", [2, 3])
