@@ -56,15 +56,22 @@ def init(init_key):
   )
 
 
+def _fresh_init():
+  """A function of its own, which is traced with the optimizer of now."""
+  return lambda init_key: init(init_key)
+
+
 def on(over_data=False, **shape):
   """A mesh of the first devices, and a state's shapes on it."""
   num = int(np.prod(list(shape.values())))
   mesh = partition.make_mesh(**shape, devices=jax.devices()[:num])
-  return mesh, sharding.of_state(jax.eval_shape(init, key()), mesh, RULES, over_data=over_data)
+  return mesh, sharding.of_state(
+    jax.eval_shape(_fresh_init(), key()), mesh, RULES, over_data=over_data
+  )
 
 
 def made(abstract):
-  return jax.jit(init, out_shardings=sharding.shardings(abstract))(key())
+  return jax.jit(_fresh_init(), out_shardings=sharding.shardings(abstract))(key())
 
 
 def update_of(abstract, loss_fn=None, num_microbatches=1):
