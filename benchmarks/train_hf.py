@@ -58,6 +58,9 @@ _LENGTH = flags.DEFINE_integer(
   "length", None, "Tokens of a row; by default what goes with size.", 1
 )
 _COMPUTE = flags.DEFINE_enum("compute", None, ["float32", "bfloat16"], "Weights are float32.")
+_ATTENTION = flags.DEFINE_enum(
+  "attention", "exact", ["exact", "xla", "cudnn"], "Of ours: see models.transformer_config."
+)
 _REMAT = flags.DEFINE_enum("remat", "none", list(transformer_config.REMAT), "Made again backward.")
 _CHUNK = flags.DEFINE_integer("chunk", 256, "Positions of ours that are read out at once.", 1)
 _PEERS = flags.DEFINE_list("peers", list(PEERS), f"Of {', '.join(PEERS)}.")
@@ -190,7 +193,8 @@ def theirs(config, params, batches, *, compiled):
 
 def model_flops(config) -> int:
   """Of a step's products, forward and backward, nothing made again."""
-  model = transformer.transformer(dataclasses.replace(config, remat="none"))
+  plain = dataclasses.replace(config, remat="none", attention="exact")
+  model = transformer.transformer(plain)
   tokens = jax.ShapeDtypeStruct((_BATCH.value, config.max_length), jnp.int32)
 
   def loss(params, tokens):
@@ -242,8 +246,7 @@ def compare(config, params) -> dict:
   """
   size = (4, _BATCH.value, config.max_length + 1)
   batches = np.random.default_rng(0).integers(0, config.vocab_size, size).astype(np.int32)
-  systems, attention = {"ancestral": ours(config, params, batches)}, "einsum, float32 softmax"
-  kinds = {"ancestral": attention}
+  systems, kinds = {"ancestral": ours(config, params, batches)}, {"ancestral": config.attention}
   for name in _PEERS.value:
     systems[name], kinds[name] = theirs(config, params, batches, compiled=name == "compiled")
   losses = {
@@ -308,7 +311,9 @@ def main(_):
     jax.config.update("jax_default_matmul_precision", "highest")
   length = _LENGTH.value or LENGTHS[_SIZE.value]
   sizes = {**SIZES[_SIZE.value], "max_length": length}
-  config = transformer.TransformerConfig(**sizes, dtype=compute(), remat=_REMAT.value)
+  config = transformer.TransformerConfig(
+    **sizes, dtype=compute(), remat=_REMAT.value, attention=_ATTENTION.value
+  )
   params = transformer.transformer(config).init(jax.random.key(0), jnp.zeros((1, 1), jnp.int32))
   count = sum(leaf.size for leaf in jax.tree.leaves(params))
   print(f"{count / 1e6:.1f}M parameters, {config.dtype}; {decode_hf.processor()}")
