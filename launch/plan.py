@@ -66,7 +66,7 @@ def plan(config: fields.Config, chip: chips.Chip, num_devices: int) -> Plan:
   mesh = AbstractMesh(sizes, partition.AXES)
   abstract = experiment_lib.abstract_state(experiment, mesh)
   batch = batch_of(experiment, config.train.batch_size)
-  parts = mesh.shape["data"] * mesh.shape["fsdp"]
+  parts = partition.row_parts(mesh)
   supervised.check_batch(config, mesh)
   rows = config.train.batch_size / parts / mesh.shape["sequence"]
   share = _share(experiment, mesh.shape["tensor"])
@@ -118,12 +118,11 @@ def batch_of(experiment: Any, batch_size: int) -> Any:
   stream = data.batches(
     experiment.source, experiment.rows, batch_size=batch_size, process_index=0, process_count=1
   )
-  return _rows(next(stream), batch_size)
+  return supervised.whole_batch(next(stream), 1)
 
 
 def _rows(batch: Any, num: int) -> Any:
-  kind = jax.dtypes.canonicalize_dtype
-  return jax.tree.map(lambda x: jax.ShapeDtypeStruct((num, *x.shape[1:]), kind(x.dtype)), batch)
+  return jax.tree.map(lambda x: jax.ShapeDtypeStruct((num, *x.shape[1:]), x.dtype), batch)
 
 
 def _without_tensor(mesh: AbstractMesh) -> AbstractMesh:

@@ -8,6 +8,7 @@ from typing import Any
 
 import jax
 
+from ..models import partition
 from ..training import cost, lora, sharding, step
 from ..training import state as state_lib
 from . import adapters, fields
@@ -25,7 +26,7 @@ def share(config: fields.Config, mesh: jax.sharding.Mesh) -> tuple[int, int]:
 
 def check_batch(config: fields.Config, mesh: jax.sharding.Mesh | jax.sharding.AbstractMesh) -> None:
   """Raises ValueError where a microbatch's rows do not divide over the mesh."""
-  c, parts = config.train, mesh.shape["data"] * mesh.shape["fsdp"]
+  c, parts = config.train, partition.row_parts(mesh)
   rows = c.batch_size // c.num_microbatches
   fields.require(
     rows % parts == 0,

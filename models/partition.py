@@ -21,7 +21,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
 import jax
-from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
+from jax.sharding import AbstractMesh, AxisType, Mesh, NamedSharding, PartitionSpec
 
 AXES = ("data", "fsdp", "sequence", "tensor")
 ROWS = ("data", "fsdp")  # of a batch
@@ -106,6 +106,11 @@ def make_mesh(
   num_devices = jax.device_count() if devices is None else len(devices)
   sizes = shape(num_devices, data, fsdp, sequence, tensor)
   return jax.make_mesh(sizes, AXES, axis_types=(AxisType.Auto,) * len(AXES), devices=devices)
+
+
+def row_parts(mesh: Mesh | AbstractMesh) -> int:
+  """Into how many parts a mesh, of some of `AXES`, splits rows."""
+  return math.prod(mesh.shape.get(axis, 1) for axis in ROWS)
 
 
 def fitted(

@@ -23,7 +23,6 @@ that rows share (a bias [V], an automaton's table) goes into `params`, which may
 devices do not divide B, it is filled up with copies of the last request, which are cut off again.
 """
 
-import math
 from collections.abc import Callable
 from typing import Any
 
@@ -50,7 +49,7 @@ def rows(tree: Any, mesh: Mesh) -> Any:
   Raises:
     ValueError: B does not divide into their devices.
   """
-  num_data = _num_parts(mesh)
+  num_data = partition.row_parts(mesh)
 
   def place(leaf):
     if jnp.ndim(leaf) and leaf.shape[0] % num_data:
@@ -118,10 +117,6 @@ def _row_axes(mesh):
   return tuple(axis for axis in partition.ROWS if axis in mesh.shape)
 
 
-def _num_parts(mesh):
-  return math.prod(mesh.shape[axis] for axis in _row_axes(mesh))
-
-
 def _row_spec(leaf, axes):
   return PartitionSpec(axes) if jnp.ndim(leaf) else PartitionSpec()
 
@@ -139,7 +134,7 @@ def _over_mesh(compiled, mesh):
   def run(params, *of_rows):
     return compiled(jax.tree.map(place, params), *rows(of_rows, mesh))
 
-  return _filled_up(run, _num_parts(mesh))
+  return _filled_up(run, partition.row_parts(mesh))
 
 
 def _filled_up(run, num_parts):

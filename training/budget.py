@@ -9,7 +9,7 @@ from typing import Any, NamedTuple
 
 import jax
 
-from . import chips, memory
+from . import chips, memory, sharding
 from . import state as state_lib
 
 
@@ -72,7 +72,7 @@ def peak(
   size = lambda shape, dtype: split.get(tuple(shape)) or memory.nbytes(shape, dtype)
   plain = lambda tree: jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype), tree)
   most = memory.peak(step, plain(frozen), jax.random.key(0), plain(abstract), batch, size=size)
-  mesh = jax.tree.leaves(abstract)[0].sharding.mesh
+  mesh = sharding.mesh_of(abstract)
   whole = abstract.params if frozen is None else frozen
   return most + (2 * _gathered(whole) if mesh.shape["fsdp"] > 1 else 0)
 

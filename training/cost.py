@@ -49,7 +49,7 @@ def _equation(equation: Any, kernels: Kernels) -> int:
     raise ValueError(
       f"The FLOPs of {name} cannot be read: give kernels={{{name!r}: equation -> n}}."
     )
-  inner = [_of(jaxpr, kernels) for jaxpr in _jaxprs(equation.params.values())]
+  inner = [_of(jaxpr, kernels) for jaxpr in jaxprs(equation.params.values())]
   if name == "while" and any(inner):
     raise ValueError("A while loop has products, and its trips are not known: make it a scan.")
   if name == "cond":
@@ -66,11 +66,11 @@ def _repeats(name: str, params: Mapping[str, Any]) -> int:
   return 1
 
 
-def _jaxprs(values: Any) -> Iterator[Any]:
+def jaxprs(values: Any) -> Iterator[Any]:
   """The jaxprs among an equation's parameters."""
   for value in values:
     if isinstance(value, (tuple, list)):
-      yield from _jaxprs(value)
+      yield from jaxprs(value)
     elif hasattr(value, "eqns"):
       yield getattr(value, "jaxpr", value)  # a closed one has its own inside
 

@@ -1,10 +1,12 @@
 """How much memory a program takes, read off its jaxpr: nothing is allocated or compiled."""
 
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
+
+from . import cost
 
 Size = Callable[[tuple[int, ...], Any], int]
 
@@ -113,7 +115,7 @@ def _peak(jaxpr: Any, size: Size, *, own_inputs: bool) -> int:
 
 def _inner(equation: Any, size: Size) -> int:
   """What an equation's own jaxprs take beside its results."""
-  inner = [_peak(jaxpr, size, own_inputs=False) for jaxpr in _jaxprs(equation.params)]
+  inner = [_peak(jaxpr, size, own_inputs=False) for jaxpr in cost.jaxprs(equation.params.values())]
   if not inner or equation.primitive.name in ("scan", "while"):
     return max(inner, default=0)  # a turn's results come beside what is carried
   results = sum(size(v.aval.shape, v.aval.dtype) for v in equation.outvars if _is_array(v))
@@ -154,16 +156,6 @@ def _is_fused(variable, users) -> bool:
 
 def _is_literal(variable: Any) -> bool:
   return hasattr(variable, "val")
-
-
-def _jaxprs(params: Mapping[str, Any]) -> list[Any]:
-  found = []
-  for value in params.values():
-    for entry in value if isinstance(value, (tuple, list)) else (value,):
-      entry = getattr(entry, "jaxpr", entry)
-      if hasattr(entry, "eqns"):
-        found.append(entry)
-  return found
 
 
 _FREE = frozenset(

@@ -71,7 +71,7 @@ def share(mesh: Mesh, batch_size: int) -> tuple[int, int]:
   Raises:
     ValueError: the batch does not divide over "data" and "fsdp".
   """
-  parts = _num_parts(mesh)
+  parts = partition.row_parts(mesh)
   if batch_size % parts:
     raise ValueError(
       f"A batch of {batch_size} does not divide over the {parts} devices of data and fsdp: use a "
@@ -95,7 +95,7 @@ def rows(batch: Any, mesh: Mesh) -> Any:
   Raises:
     ValueError: the rows do not divide over "data" and "fsdp".
   """
-  size = len(jax.tree.leaves(batch)[0]) * share(mesh, _num_parts(mesh))[1]
+  size = len(jax.tree.leaves(batch)[0]) * share(mesh, partition.row_parts(mesh))[1]
   share(mesh, size)
   whole = lambda leaf: (size, *np.shape(leaf)[1:])
   return jax.tree.map(
@@ -104,10 +104,6 @@ def rows(batch: Any, mesh: Mesh) -> Any:
     ),
     batch,
   )
-
-
-def _num_parts(mesh):
-  return mesh.shape["data"] * mesh.shape["fsdp"]
 
 
 def _by_rows(mesh):
