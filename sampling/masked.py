@@ -1,0 +1,288 @@
+"""Masked diffusion: sequences filled in by a predictor of what is masked.
+
+    predict = masked_models.predictor(model, params)
+    algorithm = masked.first_hitting(predict, mask_schedules.linear(), mask=vocab_size)
+    keys = base.row_keys(run_key, requests)
+    tokens = masked.sample(keys, algorithm, tokens, mask=vocab_size)
+
+Inputs are tokens [B, L] that are the mask (the number V, one past the vocabulary) where something
+is to be written. All of them masked is sampling from nothing, a prompt is what comes first and is
+not, and any other pattern is infilling: what is given stays.
+
+With exact conditionals, what is written one position at a time has the law of the data, whatever
+chooses the positions, as long as it does not look at the token that it is about to write:
+p(x_i | x_S) is what the predictor gives, and the chain rule holds in any order. Two positions
+written from one call of the network are drawn as if independent, which is all that a sampler with
+fewer calls than tokens gets wrong.
+"""
+
+from collections.abc import Callable
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+
+from ..models import base as models
+from ..models import mask_schedules
+from . import base
+from . import logits as logits_lib
+
+NO_TRANSFORM = logits_lib.chain()
+
+
+class State(NamedTuple):
+  """Sequences, partly written."""
+
+  step: jax.Array  # [B] int32
+  tokens: jax.Array  # [B, L] int32
+  calls: jax.Array  # [B] int32, of the network, that the row has needed
+
+
+class Info(NamedTuple):
+  """What a step wrote."""
+
+  written: jax.Array  # [B, L] bool
+  log_prob: (
+    jax.Array
+  )  # [B, L], of the tokens written, under the law that they were drawn from; or 0
+
+
+class View(NamedTuple):
+  """One row, as a rule sees it that chooses positions to write."""
+
+  log_p: jax.Array  # [L, V], the law of each position's token
+  token: jax.Array  # [L], a draw of it
+  masked: jax.Array  # [L] bool, the positions that there are to choose from
+  step: jax.Array  # []
+
+
+# (key, view) -> [L] bool: the positions to be written, at least one of those that are masked
+Rule = Callable[[jax.Array, View], jax.Array]
+
+
+def start(tokens: jax.Array) -> State:
+  """Before the first step."""
+  zeros = jnp.zeros(tokens.shape[:1], jnp.int32)
+  return State(zeros, tokens.astype(jnp.int32), zeros)
+
+
+def laws(
+  predict: models.Predictor,
+  tokens: jax.Array,
+  t: jax.Array,
+  transform: logits_lib.LogitsTransform = NO_TRANSFORM,
+) -> jax.Array:
+  """log p [B, L, V] of the token at each position, transformed; see `transformed`."""
+  return transformed(predict(tokens, t), tokens, transform)
+
+
+def transformed(
+  logits: jax.Array, tokens: jax.Array, transform: logits_lib.LogitsTransform
+) -> jax.Array:
+  """log p [B, L, V] of logits [B, L, V], transformed position by position.
+
+  Raises:
+    ValueError: the transform feeds back from token to token, whose order is not given here.
+  """
+  if jax.tree.leaves(transform.init(1)):
+    raise ValueError("Masked sampling has no order of tokens for a transform to feed back along.")
+  length = jnp.full(tokens.shape[:1], tokens.shape[1], jnp.int32)
+  context = logits_lib.Context(tokens, length, jnp.zeros_like(length))
+  apply = lambda logits: transform.apply(logits, context, ())
+  logits = jax.vmap(apply, in_axes=1, out_axes=1)(logits.astype(jnp.float32))
+  return jax.nn.log_softmax(logits, axis=-1)
+
+
+def split(keys: base.Keys, num: int = 2) -> tuple[base.Keys, ...]:
+  """`num` keys of each of keys [B], each [B]."""
+  return jax.vmap(lambda key: tuple(jax.random.split(key, num)))(keys)
+
+
+def coins(keys: base.Keys, prob: jax.Array, where: jax.Array) -> jax.Array:
+  """Which of the positions `where` [B, L] come up, each with probability prob [B] or [B, L]."""
+  flip = lambda key, p, row: jax.random.bernoulli(key, p, row.shape, mode="high")
+  return jax.vmap(flip)(keys, prob, where) & where
+
+
+def draw_each(keys: base.Keys, log_p: jax.Array) -> jax.Array:
+  """A token [B, L] at every position, from laws [B, L, V]; see `logits.draw` for the tails."""
+  each = jax.vmap(lambda key: jax.random.split(key, log_p.shape[1]))(keys)
+  flat = logits_lib.draw(each.reshape(-1), log_p.reshape(-1, log_p.shape[-1]))
+  return flat.reshape(log_p.shape[:2])
+
+
+def written(
+  state: State, chosen: jax.Array, token: jax.Array, log_p: jax.Array, active: jax.Array
+) -> tuple[State, Info]:
+  """The state and info after writing token [B, L] at the positions chosen [B, L].
+
+  Rows that are not active [B] make no step; whoever has chosen something has called the network.
+  """
+  chosen &= active[:, None]
+  own = jnp.take_along_axis(log_p, token[..., None], axis=-1)[..., 0]
+  state = State(
+    step=state.step + active,
+    tokens=jnp.where(chosen, token, state.tokens),
+    calls=state.calls + jnp.any(chosen, axis=1),
+  )
+  return state, Info(chosen, jnp.where(chosen, own, 0))
+
+
+def ancestral(
+  predict: models.Predictor,
+  schedule: mask_schedules.MaskSchedule,
+  times: jax.Array,
+  *,
+  mask: int,
+  transform: logits_lib.LogitsTransform = NO_TRANSFORM,
+) -> base.SamplingAlgorithm:
+  """Each masked token is unmasked from t to s with probability (alpha_s - alpha_t) / (1 - alpha_t).
+
+  The tokens unmasked in one step are drawn independently, so the law is exact as the steps get
+  short. Which positions are unmasked does not depend on the network: it is called in those steps
+  alone that unmask something in some row, on average T (1 - (1 - 1/T)^L) of T equal ones for a row
+  of L. That is what caching its output until a token changes comes to.
+
+  Args:
+    predict: (tokens, t [B]) -> logits.
+    schedule: alpha.
+    times: [T + 1], falling, the first 1 and the last 0; may be traced.
+    mask: V.
+    transform: of each position's law; without feedback.
+
+  Reference: Sahoo et al. 2024 (MDLM), arXiv 2406.07524, eq. 6 and section 4.3 (caching); Shi et al.
+    2024 (MD4), arXiv 2406.04329, section 3.3.
+  """
+  times = jnp.asarray(times, jnp.float32)
+  num_steps = times.shape[0] - 1
+
+  def step(keys, state):
+    choose_keys, token_keys = split(keys)
+    active = state.step < num_steps
+    t = times[jnp.minimum(state.step, num_steps)]
+    s = times[jnp.minimum(state.step + 1, num_steps)]
+    prob = mask_schedules.unmask_prob(schedule, t, s)
+    leaves = coins(choose_keys, prob, (state.tokens == mask) & active[:, None])
+    return if_any(
+      leaves,
+      lambda: _fill(predict, state, token_keys, t, leaves, active, transform),
+      lambda: skipped(state, active),
+    )
+
+  return base.SamplingAlgorithm(lambda keys, tokens: start(tokens), step)
+
+
+def if_any(chosen: jax.Array, write: Callable, skip: Callable) -> tuple[State, Info]:
+  """`write()` if any of chosen [B, L] is true, else `skip()`; only one of them is run."""
+  return jax.lax.cond(jnp.any(chosen), write, skip)
+
+
+def skipped(state: State, active: jax.Array) -> tuple[State, Info]:
+  """A step that wrote nothing and did not call the network."""
+  nothing = jnp.zeros(state.tokens.shape, bool)
+  return state._replace(step=state.step + active), Info(nothing, nothing.astype(jnp.float32))
+
+
+def _fill(predict, state, keys, t, chosen, active, transform):
+  log_p = laws(predict, state.tokens, t, transform)
+  return written(state, chosen, draw_each(keys, log_p), log_p, active)
+
+
+class HittingState(NamedTuple):
+  """Sequences, partly written, each at its own time."""
+
+  step: jax.Array  # [B] int32
+  tokens: jax.Array  # [B, L] int32
+  calls: jax.Array  # [B] int32
+  noise: jax.Array  # [B], 1 - alpha at the time of the last token
+
+
+def first_hitting(
+  predict: models.Predictor,
+  schedule: mask_schedules.MaskSchedule,
+  *,
+  mask: int,
+  transform: logits_lib.LogitsTransform = NO_TRANSFORM,
+) -> base.SamplingAlgorithm:
+  """Simulates the reverse process exactly: from one unmasking to the next, a token each.
+
+  With n tokens masked at t, each is unmasked by the time s < t with a probability that only
+  1 - alpha knows of, so the next comes when
+
+    1 - alpha(s) = u^(1/n) (1 - alpha(t)),    u ~ U(0, 1),
+
+  at any of the n places alike. It is `ancestral` in the limit of short steps, in as many calls as
+  there are masks; one token is drawn a call, and not one at every position. A predictor that does
+  not look at the time makes it unmasking in random order.
+
+  Args:
+    predict: (tokens, t [B]) -> logits.
+    schedule: of the times; the law does not depend on it unless the predictor does.
+    mask: V.
+    transform: of the law of each token; without feedback.
+
+  Reference: Zheng et al. 2024, arXiv 2409.02908, proposition 4.1 and algorithm 1.
+  """
+
+  def init(keys, tokens):
+    return HittingState(*start(tokens), jnp.ones(tokens.shape[:1]))
+
+  def step(keys, state):
+    masked = state.tokens == mask
+    count = jnp.sum(masked, axis=1)
+    active = count > 0
+    place_keys, time_keys, token_keys = split(keys, 3)
+    u = jax.vmap(lambda key: jax.random.uniform(key))(time_keys)
+    noise = jnp.where(active, state.noise * u ** (1 / jnp.maximum(count, 1)), state.noise)
+    place = logits_lib.draw(place_keys, jnp.where(masked, 0.0, -jnp.inf))
+    log_p = laws(predict, state.tokens, schedule.time(1 - noise), transform)
+    law = jnp.take_along_axis(log_p, place[:, None, None], axis=1)
+    token = logits_lib.draw(token_keys, law[:, 0])
+    chosen = (jnp.arange(masked.shape[1])[None] == place[:, None]) & masked
+    everywhere = jnp.broadcast_to(token[:, None], masked.shape)
+    now, info = written(State(*state[:3]), chosen, everywhere, log_p, active)
+    return HittingState(*now, noise), info
+
+  return base.SamplingAlgorithm(init, step)
+
+
+def unmask(
+  predict: models.Predictor,
+  rule: Rule,
+  *,
+  mask: int,
+  transform: logits_lib.LogitsTransform = NO_TRANSFORM,
+) -> base.SamplingAlgorithm:
+  """Each step writes the positions that a rule chooses; see `unmasking` for rules.
+
+  Exact, with exact conditionals, for rules that choose one position without looking at its token.
+
+  Args:
+    predict: (tokens, t [B]) -> logits; t is the share of positions that are masked.
+    rule: chooses.
+    mask: V.
+    transform: of the law of each token, as the rule sees it too; without feedback.
+  """
+
+  def step(keys, state):
+    rule_keys, token_keys = split(keys)
+    masked = state.tokens == mask
+    log_p = laws(predict, state.tokens, jnp.mean(masked, axis=1), transform)
+    token = draw_each(token_keys, log_p)
+    chosen = jax.vmap(rule)(rule_keys, View(log_p, token, masked, state.step))
+    return written(state, chosen & masked, token, log_p, jnp.any(masked, axis=1))
+
+  return base.SamplingAlgorithm(lambda keys, tokens: start(tokens), step)
+
+
+def sample(
+  keys: base.Keys, algorithm: base.SamplingAlgorithm, tokens: jax.Array, *, mask: int
+) -> jax.Array:
+  """The sequences [B, L] when nothing is masked any more; call it inside jit.
+
+  For samplers that write at least a token a step, such as `first_hitting` and `unmask`; one with a
+  grid of T steps is run by `base.run` for T.
+  """
+  state = base.start(keys, algorithm, tokens)
+  done = lambda state: ~jnp.any(state.tokens == mask, axis=1)
+  return base.run_until(keys, algorithm, state, done, tokens.shape[1]).tokens
