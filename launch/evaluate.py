@@ -15,7 +15,7 @@ from typing import Any
 import jax
 import rich.console
 
-from . import answers, distances, flags, preferences, processes
+from . import answers, distances, filled_answers, flags, preferences, processes
 from . import experiment as experiment_lib
 
 READS = (*flags.CHECKPOINT, *processes.FLAGS)
@@ -26,6 +26,7 @@ KINDS = {
   "images": distances,
   "image_learning": distances,
   "learning": answers,
+  "masked": filled_answers,
   "preferences": preferences,
 }
 

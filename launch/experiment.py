@@ -22,6 +22,7 @@ from . import (
   images,
   language,
   learning,
+  masked,
   preferences,
   workdirs,
 )
@@ -104,6 +105,7 @@ KINDS: Mapping[str, Kind] = {
   "classifier": classifiers,
   "learning": learning,
   "image_learning": image_learning,
+  "masked": masked,
   "preferences": preferences,
 }
 

@@ -108,6 +108,7 @@ KINDS: Mapping[str, Sequence[str]] = {
   "images": _OF_IMAGES,
   "image_learning": _OF_IMAGES,
   "classifier": ("flat",),
+  "masked": ("flat",),
 }
 _LAYOUT = absl_flags.DEFINE_enum(
   "layout", None, list(LAYOUTS), "Whose names and shapes; unset, the stack's that has such models."

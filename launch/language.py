@@ -13,12 +13,12 @@ from ..evaluation import attempts
 from ..models import base as models
 from ..models import partition, pretrained, rotary, transformer
 from ..sampling import decode, logits
-from ..tasks import arithmetic, expressions
+from ..tasks import arithmetic, expressions, sudoku
 from ..tasks import base as tasks
 from ..tasks import tokenizer as tokenizers
 from ..training import cost, data, likelihood, step
 from ..training import state as state_lib
-from . import adapters, fields, held_out, supervised
+from . import adapters, fields, held_out, markdown, supervised
 
 
 class Experiment(NamedTuple):
@@ -55,7 +55,10 @@ def _expressions(config: fields.Config) -> tasks.Task:
 TASKS = {
   name: functools.partial(_arithmetic, operation)
   for name, operation in arithmetic.OPERATIONS.items()
-} | {"expressions": _expressions}
+} | {
+  "expressions": _expressions,
+  "sudoku": lambda config: sudoku.sudoku(box=config.box, levels=config.levels),
+}
 
 TOKENIZERS = {
   "pretrained": lambda config: tokenizers.pretrained(
@@ -110,7 +113,7 @@ def task_of(config: fields.Config) -> tasks.Task | None:
   return fields.choose("task.name", config.task.name, TASKS)(config.task)
 
 
-def _sources(
+def sources(
   config: fields.Config, task: tasks.Task | None, tokenizer
 ) -> tuple[data.Source, data.Source]:
   """Examples to train on, and held-out ones."""
@@ -158,7 +161,7 @@ def build(config: fields.Config) -> Experiment:
   fits = config.data.row_length <= model_config.max_length
   fields.require(fits, f"data.row_length is more than the model's {model_config.max_length}")
   model = transformer.transformer(model_config)
-  source, held_out = _sources(config, task, tokenizer)
+  source, held_out = sources(config, task, tokenizer)
   rows = fields.choose("data.rows", config.data.rows, ROWS)(config.data.row_length, tokenizer.pad)
   schedule, optimizer = fields.optimizer_of(config)
   experiment = Experiment(
@@ -255,17 +258,23 @@ def sampler(experiment: Experiment, *, max_new_tokens: int):
   return sample
 
 
-def held_out_problems(experiment: Experiment, count: int) -> list[tasks.Problem]:
-  """Up to `count` distinct held-out problems of each level: small levels do not have so many."""
+def held_out_problems(
+  experiment: Experiment,
+  count: int,
+  make: Callable[[fields.Config], tasks.Task | None] = task_of,
+) -> list[tasks.Problem]:
+  """Up to `count` distinct held-out problems of each level: small levels do not have so many.
+
+  Args:
+    experiment: whose configuration.
+    count: of each level.
+    make: the task that a configuration names.
+  """
   found = []
   for level in experiment.config.task.levels:
-    config = experiment.config.task.copy_and_resolve_references()
-    config.levels = (level,)
-    side = tasks.restrict(
-      fields.choose("task.name", config.name, TASKS)(config),
-      "test",
-      test_percent=config.test_percent,
-    )
+    config = experiment.config.copy_and_resolve_references()
+    config.task.levels = (level,)
+    side = tasks.restrict(make(config), "test", test_percent=config.task.test_percent)
     drawn = tasks.problems(side, experiment.config.seed + 1, 10 * count)
     found += list({problem.metadata["key"]: problem for problem in drawn}.values())[:count]
   return found
@@ -313,17 +322,6 @@ def verified(experiment: Experiment, *, num_samples: int):
   return attempt
 
 
-def _shown(made: list[attempts.Attempt], most: int = 12) -> str:
-  """Answers to some of the problems, spread over the levels, as a table in Markdown."""
-  code = lambda text: "`" + text.replace("`", "'").replace("|", "\\|").replace("\n", " ") + "`"
-  some = made[:: -(-len(made) // most)]
-  rows = [
-    f"| {code(a.problem.prompt)} | {code(a.responses[0])} | {a.verdicts[0].reason or 'correct'} |"
-    for a in some
-  ]
-  return "\n".join(["| prompt | answer | verdict |", "|---|---|---|", *rows])
-
-
 def _texts(experiment: Experiment, num: int = 4, most: int = 128) -> Callable[[Any], str]:
   """A function of params: texts drawn from the model's law, from the beginning, in Markdown."""
   longest = experiment.model_config.max_length - 1
@@ -341,9 +339,7 @@ def _texts(experiment: Experiment, num: int = 4, most: int = 128) -> Callable[[A
       max_length=experiment.model_config.max_length,
       max_new_tokens=num_new,
     )
-    return "\n\n---\n\n".join(
-      "\n".join(f"    {line}" for line in response.text.split("\n")) for response in responses
-    )
+    return markdown.quoted([response.text for response in responses])
 
   return write
 
@@ -361,12 +357,4 @@ def scores(experiment: Experiment) -> Callable[[models.Params], dict[str, Any]]:
     loss, write = held_out.mean_loss(experiment), _texts(experiment)
     return lambda params: {"held_out_loss": loss(params), "samples": write(params)}
   attempt = verified(experiment, num_samples=1)
-
-  def score(params):
-    made = attempt(params, jax.random.key(experiment.config.seed))
-    rows = attempts.summarise(made)["pass@1"]
-    mean = sum(row.mean * row.count for row in rows) / sum(row.count for row in rows)
-    by_level = {f"pass@1/level_{row.level}": row.mean for row in rows}
-    return {"pass@1": mean, **by_level, "samples": _shown(made)}
-
-  return score
+  return lambda params: markdown.summary(attempt(params, jax.random.key(experiment.config.seed)))

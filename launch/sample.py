@@ -15,7 +15,7 @@ from collections.abc import Callable, Sequence
 import jax
 from absl import flags as absl_flags
 
-from . import draws, flags, pictures, pretrained, texts, workdirs
+from . import draws, fillings, flags, pictures, pretrained, texts, workdirs
 from . import experiment as experiment_lib
 
 READS = flags.CHECKPOINT
@@ -25,6 +25,7 @@ KINDS = {
   "images": pictures,
   "image_learning": pictures,
   "learning": texts,
+  "masked": fillings,
   "preferences": texts,
 }
 

@@ -37,26 +37,24 @@ from ..tasks import chat
 from . import decoding, draws, flags, language, pretrained, records
 from . import experiment as experiment_lib
 
-_PROMPT = absl_flags.DEFINE_multi_string("prompt", [], "Text to continue; may be repeated.")
-_PROMPTS = absl_flags.DEFINE_string("prompts", None, "File of prompts; - is the standard input.")
-_NUM_PROBLEMS = absl_flags.DEFINE_integer(
+PROMPT = absl_flags.DEFINE_multi_string("prompt", [], "Text to continue; may be repeated.")
+PROMPTS = absl_flags.DEFINE_string("prompts", None, "File of prompts; - is the standard input.")
+NUM_PROBLEMS = absl_flags.DEFINE_integer(
   "num_problems", 0, "Held-out problems to answer.", lower_bound=0
 )
-_NUM_SAMPLES = absl_flags.DEFINE_integer(
-  "num_samples", 1, "Samples for each prompt.", lower_bound=1
-)
+NUM_SAMPLES = absl_flags.DEFINE_integer("num_samples", 1, "Samples for each prompt.", lower_bound=1)
 _MAX_NEW_TOKENS = absl_flags.DEFINE_integer(
   "max_new_tokens", None, "The configuration's if unset.", lower_bound=1
 )
 _STOP = absl_flags.DEFINE_multi_string("stop", [], "Text that ends a sample; may be repeated.")
-_RESUME = absl_flags.DEFINE_bool("resume", False, "Go on with an --output that was interrupted.")
+RESUME = absl_flags.DEFINE_bool("resume", False, "Go on with an --output that was interrupted.")
 _MAX_LENGTH = absl_flags.DEFINE_integer(
   "max_length",
   None,
   "Of prompt and sample together; the model's if unset, and the cache is as long as is needed.",
   lower_bound=2,
 )
-_BATCH_SIZE = absl_flags.DEFINE_integer(
+BATCH_SIZE = absl_flags.DEFINE_integer(
   "batch_size", None, "Samples drawn at once; the configuration's, or 16, if unset.", lower_bound=1
 )
 _FORMATS = {"int8": "int8", "fp8": "float8_e4m3fn"}
@@ -64,15 +62,15 @@ _QUANTISE = absl_flags.DEFINE_enum(
   "quantise", None, list(_FORMATS), "Hold weights in 8 bits; see docs/quantised.md."
 )
 FLAGS = (
-  _PROMPT,
-  _PROMPTS,
-  _NUM_PROBLEMS,
-  _NUM_SAMPLES,
+  PROMPT,
+  PROMPTS,
+  NUM_PROBLEMS,
+  NUM_SAMPLES,
   _MAX_NEW_TOKENS,
   _STOP,
-  _RESUME,
+  RESUME,
   _MAX_LENGTH,
-  _BATCH_SIZE,
+  BATCH_SIZE,
   _QUANTISE,
   draws.SEED,
   draws.OUTPUT,
@@ -100,16 +98,16 @@ class Line(NamedTuple):
   messages: Sequence[chat.Message] | None = None
 
 
-def _lines(max_new_tokens: int) -> list[Line]:
+def lines_of(max_new_tokens: int) -> list[Line]:
   """The prompts of the flags.
 
   Raises:
     ValueError, OSError: a file of prompts cannot be read as one.
   """
   line = Line("", max_new_tokens, stop=_STOP.value)
-  if _PROMPTS.value is None:
-    return [line._replace(prompt=prompt) for prompt in _PROMPT.value]
-  path = _PROMPTS.value
+  if PROMPTS.value is None:
+    return [line._replace(prompt=prompt) for prompt in PROMPT.value]
+  path = PROMPTS.value
   try:
     text = sys.stdin.read() if path == "-" else pathlib.Path(path).read_text("utf-8-sig")
   except UnicodeDecodeError as error:
@@ -165,16 +163,16 @@ def asks_of(
   max_new_tokens = _MAX_NEW_TOKENS.value or experiment.config.evaluation.max_new_tokens
   _check_room(experiment, max_new_tokens)
   judges = []
-  if _NUM_PROBLEMS.value:
+  if NUM_PROBLEMS.value:
     problems = _problems(experiment)
     lines = [Line(problem.prompt, max_new_tokens) for problem in problems]
     judges = [_verifier(experiment.task, problem) for problem in problems]
   else:
-    lines = _lines(max_new_tokens)
+    lines = lines_of(max_new_tokens)
     if not lines:
-      raise ValueError(f"--prompts={_PROMPTS.value} holds no prompt.")
+      raise ValueError(f"--prompts={PROMPTS.value} holds no prompt.")
     judges = [lambda response: {}] * len(lines)
-  asks, n = [], _NUM_SAMPLES.value
+  asks, n = [], NUM_SAMPLES.value
   for i, (line, judge) in enumerate(zip(lines, judges, strict=True)):
     for name in line.settings.keys() - drawn.settings.keys():
       raise ValueError(f"A line sets {name}: give --{name} too, as the value of the others.")
@@ -221,8 +219,8 @@ def _check_room(experiment, max_new_tokens: int) -> None:
 def _problems(experiment) -> list:
   if experiment.task is None:
     raise ValueError("--num_problems needs a task, and this model has none: give --prompt.")
-  per_level = -(-_NUM_PROBLEMS.value // len(experiment.config.task.levels))
-  return language.held_out_problems(experiment, per_level)[-_NUM_PROBLEMS.value :]
+  per_level = -(-NUM_PROBLEMS.value // len(experiment.config.task.levels))
+  return language.held_out_problems(experiment, per_level)[-NUM_PROBLEMS.value :]
 
 
 def _verifier(task, problem):
@@ -301,14 +299,14 @@ def _prepare(restore: Restore, template: Callable[[], chat.Template | None]):
   """
   if jax.process_count() > 1:
     raise ValueError(f"Texts are drawn by one process, and there are {jax.process_count()}.")
-  if sum(map(bool, (_PROMPT.value, _PROMPTS.value, _NUM_PROBLEMS.value))) != 1:
+  if sum(map(bool, (PROMPT.value, PROMPTS.value, NUM_PROBLEMS.value))) != 1:
     raise ValueError("Give either --prompt=TEXT, --prompts=FILE or --num_problems=N.")
   output = draws.output()
-  if output and output.exists() and not _RESUME.value:
+  if output and output.exists() and not RESUME.value:
     raise ValueError(f"--output={output} exists: give --resume to go on with it, or another name.")
-  if _NUM_PROBLEMS.value and _STOP.value:
+  if NUM_PROBLEMS.value and _STOP.value:
     raise ValueError("--stop is for prompts; answers have their own end: leave it out.")
-  if _RESUME.value and not output:
+  if RESUME.value and not output:
     raise ValueError("--resume goes on with an --output: name it.")
   chosen = template()
   experiment, params, origin = restore()
@@ -366,7 +364,7 @@ def _draw(restore: Restore, template: Callable[[], chat.Template | None]) -> Non
       experiment, params, drawn, asks, done, output = _prepare(restore, template)
       left = [ask for ask in asks if ask.record["index"] not in done]
       on_chunk = stack.enter_context(records.progress(len(asks), len(done)))
-      found = draw(experiment, params, left, drawn, on_chunk, _BATCH_SIZE.value)
+      found = draw(experiment, params, left, drawn, on_chunk, BATCH_SIZE.value)
     try:
       if output is None:
         records.show(found, console)

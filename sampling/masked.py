@@ -79,18 +79,19 @@ def laws(
 def transformed(
   logits: jax.Array, tokens: jax.Array, transform: logits_lib.LogitsTransform
 ) -> jax.Array:
-  """log p [B, L, V] of logits [B, L, V], transformed position by position.
-
-  Raises:
-    ValueError: the transform feeds back from token to token, whose order is not given here.
-  """
-  if jax.tree.leaves(transform.init(1)):
-    raise ValueError("Masked sampling has no order of tokens for a transform to feed back along.")
+  """log p [B, L, V] of logits [B, L, V], transformed position by position: `check_transform`."""
+  check_transform(transform)
   length = jnp.full(tokens.shape[:1], tokens.shape[1], jnp.int32)
   context = logits_lib.Context(tokens, length, jnp.zeros_like(length))
   apply = lambda logits: transform.apply(logits, context, ())
   logits = jax.vmap(apply, in_axes=1, out_axes=1)(logits.astype(jnp.float32))
   return jax.nn.log_softmax(logits, axis=-1)
+
+
+def check_transform(transform: logits_lib.LogitsTransform) -> None:
+  """Raises ValueError if the transform feeds back from token to token: here they have no order."""
+  if jax.tree.leaves(transform.init(1)):
+    raise ValueError("Masked sampling has no order of tokens for a transform to feed back along.")
 
 
 def split(keys: base.Keys, num: int = 2) -> tuple[base.Keys, ...]:
@@ -163,29 +164,33 @@ def ancestral(
     s = times[jnp.minimum(state.step + 1, num_steps)]
     prob = mask_schedules.unmask_prob(schedule, t, s)
     leaves = coins(choose_keys, prob, (state.tokens == mask) & active[:, None])
-    return if_any(
-      leaves,
-      lambda: _fill(predict, state, token_keys, t, leaves, active, transform),
-      lambda: skipped(state, active),
-    )
+    log_p = lambda: laws(predict, state.tokens, t, transform)
+    return written_if_any(token_keys, state, leaves, log_p, active)
 
   return base.SamplingAlgorithm(lambda keys, tokens: start(tokens), step)
 
 
-def if_any(chosen: jax.Array, write: Callable, skip: Callable) -> tuple[State, Info]:
-  """`write()` if any of chosen [B, L] is true, else `skip()`; only one of them is run."""
-  return jax.lax.cond(jnp.any(chosen), write, skip)
+def written_if_any(
+  keys: base.Keys,
+  state: State,
+  chosen: jax.Array,
+  log_p: Callable[[], jax.Array],
+  active: jax.Array,
+) -> tuple[State, Info]:
+  """As `written`, of tokens drawn from log_p() [B, L, V], which is not called if none is chosen."""
+  # Under vmap a condition selects among its operands, which would be a use of the keys.
+  data, kind = jax.random.key_data(keys), jax.random.key_impl(keys)
 
+  def write():
+    laws = log_p()
+    token = draw_each(jax.random.wrap_key_data(data, impl=kind), laws)
+    return written(state, chosen, token, laws, active)
 
-def skipped(state: State, active: jax.Array) -> tuple[State, Info]:
-  """A step that wrote nothing and did not call the network."""
-  nothing = jnp.zeros(state.tokens.shape, bool)
-  return state._replace(step=state.step + active), Info(nothing, nothing.astype(jnp.float32))
+  def skip():
+    nothing = Info(jnp.zeros(chosen.shape, bool), jnp.zeros(chosen.shape))
+    return state._replace(step=state.step + active), nothing
 
-
-def _fill(predict, state, keys, t, chosen, active, transform):
-  log_p = laws(predict, state.tokens, t, transform)
-  return written(state, chosen, draw_each(keys, log_p), log_p, active)
+  return jax.lax.cond(jnp.any(chosen & active[:, None]), write, skip)
 
 
 class HittingState(NamedTuple):

@@ -139,11 +139,12 @@ def remasking(
     prob = jnp.where(is_masked, jnp.clip(leave, 0, 1), sigma)
     changes = masked.coins(choose_keys, prob, (is_masked | kept) & active[:, None])
     tokens = jnp.where(changes & ~is_masked, mask, state.tokens)
-    return masked.if_any(
-      changes & is_masked,
-      lambda: _write(predict, state, tokens, token_keys, t, changes & is_masked, active, transform),
-      lambda: _skip(state, tokens, active),
-    )
+    # The predictor reads what was there before anything was taken back, as q(x_s | x_t) has it.
+    log_p = lambda: masked.laws(predict, state.tokens, t, transform)
+    now = masked.State(state.step, tokens, state.calls)
+    now, info = masked.written_if_any(token_keys, now, changes & is_masked, log_p, active)
+    confidence = jnp.where(info.written, jnp.exp(info.log_prob), state.confidence)
+    return State(*now, state.free, confidence), info
 
   return base.SamplingAlgorithm(lambda keys, tokens: start(tokens, mask), step)
 
@@ -152,22 +153,6 @@ def start(tokens: jax.Array, mask: int) -> State:
   """Before the first step."""
   free = tokens == mask
   return State(*masked.start(tokens), free, jnp.zeros(tokens.shape))
-
-
-def _write(predict, state, tokens, keys, t, chosen, active, transform):
-  """The predictor reads what was there before anything was taken back, as q(x_s | x_t) has it."""
-  log_p = masked.laws(predict, state.tokens, t, transform)
-  drawn = masked.draw_each(keys, log_p)
-  now, info = masked.written(
-    masked.State(state.step, tokens, state.calls), chosen, drawn, log_p, active
-  )
-  confidence = jnp.where(info.written, jnp.exp(info.log_prob), state.confidence)
-  return State(*now, state.free, confidence), info
-
-
-def _skip(state, tokens, active):
-  now, info = masked.skipped(masked.State(state.step, tokens, state.calls), active)
-  return State(*now, state.free, state.confidence), info
 
 
 # (keys [B], state) -> state: moves tokens and leaves their law at the state's time as it is

@@ -43,7 +43,8 @@ class Source:
     return self.item(int(index))
 
 
-def _example(tokenizer, prompt: str, answer: str, index: int) -> Example:
+def example(tokenizer: Any, prompt: str, answer: str, index: int) -> Example:
+  """[bos] prompt answer [eos], of which answer and eos are to be predicted."""
   head = tokenizer.opened(prompt)
   tail = [*tokenizer.encode(answer), tokenizer.eos]
   mask = np.arange(len(head) + len(tail)) >= len(head)
@@ -66,7 +67,7 @@ def task_source(task, seed: int, *, size: int = 2**31 - 1) -> Source:
 
   def item(index):
     problem = task.problem(np.random.default_rng((seed, index)))
-    return _example(task.tokenizer, problem.prompt, problem.answer, index)
+    return example(task.tokenizer, problem.prompt, problem.answer, index)
 
   return Source(size, item)
 
@@ -158,7 +159,7 @@ def tokenize(source: Any, tokenizer: Any, fields: Sequence[str] = ("text",)) -> 
     values = [record[field] for field in fields]
     texts = [v.decode("utf-8", "replace") if isinstance(v, bytes) else str(v) for v in values]
     prompt, answer = ["", *texts][-2:]
-    return _example(tokenizer, prompt, answer, index)
+    return example(tokenizer, prompt, answer, index)
 
   return Source(len(source), item)
 

@@ -1,0 +1,205 @@
+"""Samples of texts from a masked diffusion model:
+  python -m ancestral.launch.sample --workdir=runs/masked --prompt="def " --length=128
+  python -m ancestral.launch.sample --workdir=runs/masked --prompt="for _ in ____:" --blank=_
+  python -m ancestral.launch.sample --workdir=runs/sums --prompt=1_+3_=49
+  python -m ancestral.launch.sample --workdir=runs/sudoku --num_problems=5 --order=margin
+
+A prompt without blanks is continued to --length tokens, an empty one is sampling from nothing. One
+with blanks is filled in and has its own length; --blank says what stands for one, and is `_` where
+the run's task has blanks. How masks are filled in is said by --sampler and its flags, the
+configuration's if unset; how a token is drawn, by --preset and its settings.
+
+With --output, each batch of samples is written as soon as it is filled in, one JSON object a line:
+index, prompt, text, tokens, calls (of the network) and what it was drawn with. An interrupted
+command goes on with --resume.
+"""  # fmt: skip
+
+import contextlib
+import sys
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any, NamedTuple
+
+import jax
+import numpy as np
+import rich.console
+from absl import flags as absl_flags
+
+from ..evaluation import attempts, fillings
+from ..sampling import masked as sampling
+from ..tasks import base as tasks
+from ..tasks import blanks
+from . import decoding, draws, flags, masked, records, texts, unmasking
+from . import experiment as experiment_lib
+
+_LENGTH = absl_flags.DEFINE_integer(
+  "length", None, "Tokens of prompt and continuation; a row of the data if unset.", lower_bound=1
+)
+_BLANK = absl_flags.DEFINE_string(
+  "blank", None, "What stands for a token to be filled in, in texts: one character."
+)
+FLAGS = (
+  texts.PROMPT,
+  texts.PROMPTS,
+  texts.NUM_PROBLEMS,
+  texts.NUM_SAMPLES,
+  texts.RESUME,
+  texts.BATCH_SIZE,
+  _LENGTH,
+  _BLANK,
+  draws.SEED,
+  draws.OUTPUT,
+  *unmasking.FLAGS,
+  *decoding.FLAGS,
+)
+
+
+class Ask(NamedTuple):
+  """A sample to draw."""
+
+  query: fillings.Query
+  record: dict[str, Any]  # what is known of it beforehand, and written with it
+  problem: tasks.Problem | None
+
+
+def _prompts(experiment: masked.Experiment) -> list[tuple[str, tasks.Problem | None]]:
+  if not texts.NUM_PROBLEMS.value:
+    return [(line.prompt, None) for line in texts.lines_of(1)]
+  if experiment.task is None:
+    raise ValueError("--num_problems needs a task, and this model has none: give --prompt.")
+  per_level = -(-texts.NUM_PROBLEMS.value // len(experiment.config.task.levels))
+  problems = masked.held_out_problems(experiment, per_level)[-texts.NUM_PROBLEMS.value :]
+  return [(problem.prompt, problem) for problem in problems]
+
+
+def _query(experiment: masked.Experiment, prompt: str) -> fillings.Query:
+  """What a prompt asks; see the module.
+
+  Raises:
+    ValueError: there is no room, or the blank is not one character.
+  """
+  blank = _BLANK.value
+  if blank is not None and experiment.task is not None:
+    raise ValueError("--blank is for texts; a task has its own.")
+  if blank is not None and len(blank) != 1:
+    raise ValueError(f"--blank={blank!r} has to be one character.")
+  if blank and blank in prompt:
+    if blanks.BLANK in prompt and blank != blanks.BLANK:
+      raise ValueError(f"A prompt with {blanks.BLANK!r} in it takes --blank={blanks.BLANK}.")
+    return masked.infilling(experiment, prompt.replace(blank, blanks.BLANK))
+  return masked.query(experiment, prompt, _LENGTH.value)
+
+
+def asks_of(
+  experiment: masked.Experiment, origin: Mapping[str, Any], how: Mapping[str, Any]
+) -> list[Ask]:
+  """Every sample to draw, and what its record says of it.
+
+  Args:
+    experiment: whose model.
+    origin: of the params.
+    how: it is drawn.
+
+  Raises:
+    ValueError, OSError: what the flags ask for cannot be asked, or is not of one length.
+  """
+  asks, n = [], texts.NUM_SAMPLES.value
+  prompts = _prompts(experiment)
+  if not prompts:
+    raise ValueError(f"--prompts={texts.PROMPTS.value} holds no prompt.")
+  for i, (prompt, problem) in enumerate(prompts):
+    query = _query(experiment, prompt)
+    for j in range(n):
+      known = {"index": i * n + j, "prompt": prompt, "run_seed": draws.SEED.value, **origin, **how}
+      asks.append(Ask(query, known, problem))
+  return asks
+
+
+def _record(experiment: masked.Experiment, ask: Ask, tokens: np.ndarray, calls: int) -> Any:
+  response = fillings.response(experiment.tokenizer, tokens, ask.query.start)
+  judged = {}
+  if ask.problem is not None:
+    (verdict,) = attempts.judge(experiment.task, ask.problem, [response]).verdicts
+    judged = verdict._asdict()
+  return {
+    **ask.record,
+    "text": response.text,
+    "stop_reason": "length" if response.fault else "stop",
+    **judged,
+    "tokens": tokens.tolist(),
+    "calls": int(calls),
+  }
+
+
+def draw(
+  experiment: masked.Experiment, params: Any, asks: Sequence[Ask], fill: Any, rows: int
+) -> Iterator[dict[str, Any]]:
+  """The record of each sample, batch by batch; sequences of one length go together."""
+  by_length: dict[int, list[Ask]] = {}
+  for ask in asks:
+    by_length.setdefault(len(ask.query.tokens), []).append(ask)
+  key = jax.random.key(draws.SEED.value)
+  for group in by_length.values():
+    size = min(rows, len(group))
+    for first in range(0, len(group), size):
+      some = group[first : first + size]
+      padded = [*some, *[some[-1]] * (size - len(some))]
+      requests = jax.numpy.asarray([ask.record["index"] for ask in padded])
+      keys = jax.vmap(jax.random.fold_in, in_axes=(None, 0))(key, requests)
+      filled = fill(params, keys, np.stack([ask.query.tokens for ask in padded]))
+      for ask, tokens, calls in zip(some, *map(np.asarray, filled), strict=False):
+        yield _record(experiment, ask, tokens, calls)
+
+
+def _prepare(wanted: Mapping[str, Any]):
+  """The experiment, its params, what is asked, how it is drawn, and where it goes.
+
+  Raises:
+    ValueError, OSError: the flags do not go together, or what they name is not there.
+  """
+  if jax.process_count() > 1:
+    raise ValueError(f"Texts are drawn by one process, and there are {jax.process_count()}.")
+  if sum(map(bool, (texts.PROMPT.value, texts.PROMPTS.value, texts.NUM_PROBLEMS.value))) != 1:
+    raise ValueError("Give either --prompt=TEXT, --prompts=FILE or --num_problems=N.")
+  output = draws.output()
+  if output and output.exists() and not texts.RESUME.value:
+    raise ValueError(f"--output={output} exists: give --resume to go on with it, or another name.")
+  if texts.RESUME.value and not output:
+    raise ValueError("--resume goes on with an --output: name it.")
+  experiment, params, step = experiment_lib.restore_params(**wanted)
+  chosen = unmasking.chosen(experiment.config)
+  unmasking.check(chosen)
+  drawn = decoding.from_flags(experiment.tokenizer)
+  sampling.check_transform(drawn.transform(drawn.settings))
+  settings = {**drawn.fixed, **drawn.settings}
+  how = {"settings": settings, "unmasking": chosen.to_dict()}
+  asks = asks_of(experiment, {"step": step, "last": flags.LAST.value}, how)
+  expected = [ask.record for ask in asks]
+  done = records.finished(output, expected) if output and output.exists() else set()
+  fill = masked.filler(experiment, drawn.transform, chosen)
+  left = [ask for ask in asks if ask.record["index"] not in done]
+  rows = texts.BATCH_SIZE.value or experiment.config.evaluation.batch_size
+  bound = lambda params, keys, tokens: fill(params, drawn.settings, keys, tokens)
+  return draw(experiment, params, left, bound, rows), len(asks), output
+
+
+def run(wanted: Mapping[str, Any]) -> None:
+  """Fills in what the flags ask for, from a checkpoint.
+
+  Args:
+    wanted: which, as `flags.checkpoint` has it.
+  """
+  console = rich.console.Console(highlight=False, emoji=False)
+  with flags.one_line_errors():
+    found, total, output = _prepare(wanted)
+  try:
+    with contextlib.closing(found):
+      if output is None:
+        records.show(found, console)
+      else:
+        records.write(found, output)
+  except KeyboardInterrupt:
+    hint = f"; --resume goes on with {output}." if output else "."
+    print(f"interrupted{hint}", file=sys.stderr)
+    sys.exit(130)
+  if output:
+    console.print(f"{total} samples in {output}", soft_wrap=True)

@@ -1,0 +1,164 @@
+"""Masked samplers by name, and the flags that choose one.
+
+--sampler=first_hitting                     one token a call, in random order, exactly
+--sampler=ancestral --steps=64              the reverse process in 64 steps
+--sampler=remasking --steps=64 --remask=.1  which takes tokens back with probability .1 at most
+--sampler=ordered --order=margin            one token a call, in the order of a score
+--sampler=ordered --order=entropy --entropy_bound=.5    as many as are nearly independent
+--sampler=ordered --threshold=.9            all that are likely enough
+--block=8                                   blocks of 8 from left to right, within any of these
+"""
+
+import functools
+from collections.abc import Callable
+from typing import Any
+
+import jax.numpy as jnp
+from absl import flags
+from ml_collections import config_dict
+
+from ..models import base as models
+from ..models import mask_schedules
+from ..models import masked as masked_models
+from ..sampling import base, blocks, masked, remasking, unmasking
+from . import fields
+
+SCHEDULES = {
+  "linear": mask_schedules.linear,
+  "quadratic": functools.partial(mask_schedules.polynomial, 2.0),
+  "cosine": mask_schedules.cosine,
+  "geometric": mask_schedules.geometric,
+}
+
+ORDERS = {
+  "random": unmasking.random_order,
+  "left_to_right": unmasking.left_to_right,
+  "max_probability": unmasking.max_probability,
+  "margin": unmasking.margin,
+  "entropy": unmasking.negative_entropy,
+  "sampled_probability": unmasking.sampled_probability,  # biased
+}
+
+SAMPLERS = ("first_hitting", "ancestral", "remasking", "ordered")
+GRIDDED = ("ancestral", "remasking")  # which take a number of steps
+
+_FLAGS = {
+  "sampler": flags.DEFINE_enum("sampler", None, SAMPLERS, "How masks are filled in."),
+  "order": flags.DEFINE_enum("order", None, list(ORDERS), "Of --sampler=ordered."),
+  "per_step": flags.DEFINE_integer(
+    "per_step", None, "Tokens written in a call, of --sampler=ordered.", lower_bound=1
+  ),
+  "threshold": flags.DEFINE_float(
+    "threshold", None, "Least score of tokens written in a call, of --sampler=ordered."
+  ),
+  "entropy_bound": flags.DEFINE_float(
+    "entropy_bound", None, "In nats, of tokens written in a call, of --sampler=ordered."
+  ),
+  "steps": flags.DEFINE_integer(
+    "steps", None, "Of --sampler=ancestral and remasking.", lower_bound=1
+  ),
+  "remask": flags.DEFINE_float("remask", None, "Most probability of taking a token back, a step."),
+  "block": flags.DEFINE_integer("block", None, "Length of blocks.", lower_bound=1),
+}
+FLAGS = tuple(_FLAGS.values())
+
+DEFAULTS = {
+  "sampler": "first_hitting",
+  "order": "random",
+  "per_step": 1,
+  "threshold": None,
+  "entropy_bound": None,
+  "steps": 64,
+  "remask": 0.1,
+  "block": None,
+}
+
+
+def section() -> dict[str, Any]:
+  """The section `evaluation.unmasking` of a configuration: fields named like the flags."""
+  kinds = {"threshold": float, "entropy_bound": float, "block": int}
+  placeholder = config_dict.placeholder
+  return {
+    name: placeholder(kinds[name]) if value is None else value for name, value in DEFAULTS.items()
+  }
+
+
+def chosen(config: fields.Config) -> fields.Config:
+  """`config.evaluation.unmasking` with what the flags say instead."""
+  made = config.evaluation.unmasking.copy_and_resolve_references()
+  with made.unlocked():
+    for name, flag in _FLAGS.items():
+      if flag.value is not None:
+        made[name] = flag.value
+  return made
+
+
+def check(c: fields.Config) -> None:
+  """Raises ValueError where `c`, of the section's fields, does not say how to fill masks in."""
+  where = "evaluation.unmasking"
+  fields.choose(f"{where}.sampler", c.sampler, dict.fromkeys(SAMPLERS))
+  fields.choose(f"{where}.order", c.order, ORDERS)
+  both = c.threshold is not None and c.entropy_bound is not None
+  fields.require(not both, f"{where} has a threshold and an entropy_bound; give one")
+  for name in ("per_step", "steps", "block"):
+    least = c[name] is None or c[name] >= 1
+    fields.require(least, f"{where}.{name} is {c[name]}; it is at least 1")
+  fields.require(0 <= c.remask <= 1, f"{where}.remask is {c.remask}; it is from 0 to 1")
+  gridded = c.sampler in GRIDDED and c.block is not None
+  fields.require(not gridded, f"{where}.sampler={c.sampler!r} has no blocks; leave block unset")
+
+
+def _rule(c: fields.Config) -> masked.Rule:
+  if c.sampler == "first_hitting":
+    return unmasking.top(unmasking.random_order)
+  score = ORDERS[c.order]
+  if c.threshold is not None:
+    return unmasking.threshold(score, c.threshold)
+  if c.entropy_bound is not None:
+    return unmasking.entropy_bound(c.entropy_bound)
+  return unmasking.top(score, c.per_step)
+
+
+def filler(
+  c: fields.Config,
+  model: models.LanguageModel,
+  schedule: mask_schedules.MaskSchedule,
+  *,
+  mask: int,
+  blockwise: bool,
+) -> Callable[..., Any]:
+  """(params, transform, keys [B], tokens [B, L]) -> the last state, as the configuration has it.
+
+  Args:
+    c: `config.evaluation.unmasking`, checked.
+    model: of V + 1 tokens.
+    schedule: of the reverse process.
+    mask: V.
+    blockwise: whether the model was trained in blocks: then these are cached.
+  """
+
+  def algorithm(params, transform):
+    how = {"mask": mask, "transform": transform}
+    if blockwise:
+      return blocks.unmask(model, params, _rule(c), c.block, **how)
+    predict = masked_models.predictor(model, params)
+    times = jnp.linspace(1, 0, c.steps + 1)
+    if c.sampler == "ancestral":
+      return masked.ancestral(predict, schedule, times, **how)
+    if c.sampler == "remasking":
+      return remasking.remasking(predict, schedule, times, remasking.cap(c.remask), **how)
+    if c.block:
+      return masked.unmask(predict, unmasking.semi_autoregressive(_rule(c), c.block), **how)
+    if c.sampler == "first_hitting":
+      return masked.first_hitting(predict, schedule, **how)
+    return masked.unmask(predict, _rule(c), **how)
+
+  def fill(params, transform, keys, tokens):
+    made = algorithm(params, transform)
+    state = base.start(keys, made, tokens)
+    if c.sampler in GRIDDED:
+      return base.run(keys, made, state, c.steps)[0]
+    done = lambda state: ~jnp.any(state.tokens == mask, axis=1)
+    return base.run_until(keys, made, state, done, 2 * tokens.shape[1])
+
+  return fill
