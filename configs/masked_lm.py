@@ -5,8 +5,9 @@
 
 Variants:
   text        bytes of the files that match data.pattern in data.folder, the standard library's
-              sources unless said; tiny Shakespeare: --config.data.folder=DIR
-              --config.data.pattern=*.txt. The default.
+              sources unless said. One file, such as tiny Shakespeare's, is cut into passages:
+              --config.data.folder=DIR --config.data.pattern=*.txt --config.data.passage=2000.
+              The default.
   blocks      the same in blocks of 16 from left to right, with a cache when sampling.
   arithmetic  sums to 3 digits, reversed, with blanks anywhere, a hidden operand or a hidden result.
   sudoku4     4 by 4, with 4 to 10 blanks.
@@ -47,11 +48,11 @@ VARIANTS = {
       **{"name": "addition", "style": "reversed", "levels": (1, 2, 3), "test_percent": 10},
       blanks=("anywhere", "operand", "result"),
     ),
-    **{"num_steps": 1500, "batch_size": 256, "width": 128, "num_layers": 4},
+    **{"num_steps": 1000, "batch_size": 256, "width": 128, "num_layers": 4},
   },
   "sudoku4": {
     **_task(35, **_SUDOKU, box=2, levels=(4, 6, 8, 10)),
-    **{"num_steps": 1000, "batch_size": 128, "width": 128, "num_layers": 4},
+    **{"num_steps": 400, "batch_size": 128, "width": 128, "num_layers": 4},
   },
   "sudoku9": {
     **_task(165, **_SUDOKU, box=3, levels=(20, 30, 40)),

@@ -23,6 +23,7 @@ DATA = {
     "source": "text",
     "folder": sysconfig.get_path("stdlib"),
     "pattern": "*.py",
+    "passage": config_dict.placeholder(int),  # files are not cut; else into so many characters
     "fields": ("text",),
   },
   "jsonl": {"source": "jsonl", "path": "", "fields": ("text",)},

@@ -68,9 +68,14 @@ TOKENIZERS = {
   "file": lambda config: tokenizers.from_file(fields.existing_path("tokenizer.path", config.path)),
 }
 
+
+def _texts_of(source: data.Source, passage: int | None) -> data.Source:
+  return source if passage is None else data.passages(source, passage)
+
+
 # A source of records, and its fields that are read: a text, or a prompt and an answer.
 RECORDS = {
-  "text": lambda c: data.text_source(c.folder, c.pattern),
+  "text": lambda c: _texts_of(data.text_source(c.folder, c.pattern), c.get("passage")),
   "jsonl": lambda c: data.jsonl_source(fields.existing_path("data.path", c.path), c.fields),
   "tfds": lambda c: data.tfds_source(c.name, c.split, c.data_dir or None),
 }

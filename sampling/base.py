@@ -92,6 +92,18 @@ def run_until(
   return jax.lax.while_loop(unfinished, body, (jnp.int32(0), state))[1]
 
 
+def cond(
+  keys: Keys, predicate: jax.Array, draw: Callable[[Keys], Any], skip: Callable[[], Any]
+) -> Any:
+  """`draw(keys)` if the predicate holds, else `skip()`: `lax.cond` of what takes keys.
+
+  They go in as data: under vmap a condition selects its operands, which the check of keys used
+  twice takes for a use.
+  """
+  data, kind = jax.random.key_data(keys), jax.random.key_impl(keys)
+  return jax.lax.cond(predicate, lambda: draw(jax.random.wrap_key_data(data, impl=kind)), skip)
+
+
 def select_rows(rows: jax.Array, new: Any, old: Any) -> Any:
   """Row by row, `new` where rows [B] is true and `old` elsewhere, for trees of [B, ...] arrays."""
 

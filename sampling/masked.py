@@ -178,19 +178,16 @@ def written_if_any(
   active: jax.Array,
 ) -> tuple[State, Info]:
   """As `written`, of tokens drawn from log_p() [B, L, V], which is not called if none is chosen."""
-  # Under vmap a condition selects among its operands, which would be a use of the keys.
-  data, kind = jax.random.key_data(keys), jax.random.key_impl(keys)
 
-  def write():
+  def write(keys):
     laws = log_p()
-    token = draw_each(jax.random.wrap_key_data(data, impl=kind), laws)
-    return written(state, chosen, token, laws, active)
+    return written(state, chosen, draw_each(keys, laws), laws, active)
 
   def skip():
     nothing = Info(jnp.zeros(chosen.shape, bool), jnp.zeros(chosen.shape))
     return state._replace(step=state.step + active), nothing
 
-  return jax.lax.cond(jnp.any(chosen & active[:, None]), write, skip)
+  return base.cond(keys, jnp.any(chosen & active[:, None]), write, skip)
 
 
 class HittingState(NamedTuple):

@@ -76,7 +76,8 @@ def tabulated(
     unfinished = state.step < n
     if scale is not None:
       used = jnp.any((scale[row] != 0) & unfinished[:, None])
-      terms.append(jax.lax.cond(used, lambda: noise(keys, row, x), lambda: jnp.zeros_like(x)))
+      drawn = lambda keys: noise(keys, row, x)
+      terms.append(base.cond(keys, used, drawn, lambda: jnp.zeros_like(x)))
       weights = jnp.concatenate([weights, scale[row][:, :, None]], axis=2)
     # Stacked, the new slots are one loop over memory: half the time of a tuple's k loops.
     slots = jnp.stack([_combined(weights[:, j], terms) for j in range(k)], axis=1)

@@ -110,6 +110,16 @@ def text_source(folder: str | pathlib.Path, pattern: str = "**/*.txt") -> Source
   )
 
 
+def passages(source: Any, length: int) -> Source:
+  """Records {"text"} cut into passages of `length` characters, the last of each what is left.
+
+  Where a corpus is one file, so that some of it can be held out; all is read to be cut.
+  """
+  texts = (source[i]["text"] for i in range(len(source)))
+  cut = [text[at : at + length] for text in texts for at in range(0, len(text), length)]
+  return Source(len(cut), lambda index: {"text": cut[index]})
+
+
 def jsonl_source(path: str | pathlib.Path, fields: Sequence[str] = ("text",)) -> Source:
   """One record per non-blank line of a JSONL file, or of all in a folder, in order of their paths.
 

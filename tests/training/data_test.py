@@ -213,6 +213,14 @@ def test_errors_name_the_culprit_and_the_fix():
     data.set_state(iterator, {"next_index": 3})
 
 
+def test_passages_cut_every_text_and_lose_nothing():
+  source = data.Source(2, lambda i: {"text": ["abcdefg", "xy"][i]})
+  cut = data.passages(source, 3)
+  assert [cut[i]["text"] for i in range(len(cut))] == ["abc", "def", "g", "xy"]
+  sides = [data.side(data.passages(source, 1), name, test_percent=40) for name in ("train", "test")]
+  assert len(sides[0]) + len(sides[1]) == 9
+
+
 def test_text_source_reads_sorted_files(tmp_path):
   (tmp_path / "b").mkdir()
   for name, text in {"b/x.txt": "bx", "a.txt": "naïve", "c.md": "no", "empty.txt": ""}.items():

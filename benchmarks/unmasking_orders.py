@@ -1,0 +1,129 @@
+"""Right answers by the order in which masks are filled in, beside left-to-right decoding.
+
+  T="python -m ancestral.launch.train"; C=configs/masked_lm.py
+  $T --config=$C:sudoku4 --workdir=runs/sudoku
+  $T --config=$C:sudoku4-autoregressive --workdir=runs/sudoku_causal
+  $T --config=$C:arithmetic --workdir=runs/sums
+  $T --config=$C:arithmetic-autoregressive --workdir=runs/sums_causal
+  python -m ancestral.benchmarks.unmasking_orders --sudoku=runs/sudoku,runs/sudoku_causal \\
+      --sums=runs/sums,runs/sums_causal
+
+The networks have the same size and saw the same tokens. Greedy, and at temperature 1; shares of
+held-out problems with their 95% intervals, and calls of the network a problem. Hidden operands and
+blanks anywhere are what the causal model cannot be asked.
+"""
+
+import math
+from collections.abc import Sequence
+from typing import Any
+
+import jax
+import ml_collections
+import numpy as np
+from absl import app, flags
+
+from ancestral.evaluation import attempts, fillings
+from ancestral.launch import experiment as experiment_lib
+from ancestral.launch import language, masked, unmasking
+from ancestral.sampling import logits
+
+_SUDOKU = flags.DEFINE_list("sudoku", None, "Workdirs: masked, causal.", required=True)
+_SUMS = flags.DEFINE_list("sums", None, "Workdirs: masked, causal.", required=True)
+_PROBLEMS = flags.DEFINE_integer("problems", 200, "Of each level.")
+
+ORDERS = {
+  "first hitting (random)": {"sampler": "first_hitting"},
+  "left to right": {"sampler": "ordered", "order": "left_to_right"},
+  "max probability": {"sampler": "ordered", "order": "max_probability"},
+  "margin": {"sampler": "ordered", "order": "margin"},
+  "entropy": {"sampler": "ordered", "order": "entropy"},
+  "sampled token": {"sampler": "ordered", "order": "sampled_probability"},
+  "random, 4 a call": {"sampler": "ordered", "per_step": 4},
+  "margin, 4 a call": {"sampler": "ordered", "order": "margin", "per_step": 4},
+  "entropy bound .1": {"sampler": "ordered", "entropy_bound": 0.1},
+  "threshold .9": {"sampler": "ordered", "order": "max_probability", "threshold": 0.9},
+  "ancestral, 4 steps": {"sampler": "ancestral", "steps": 4},
+  "ancestral, 64 steps": {"sampler": "ancestral", "steps": 64},
+  "remasking, 64 steps": {"sampler": "remasking", "steps": 64, "remask": 0.05},
+}
+
+
+def share(right: Sequence[bool]) -> str:
+  """A mean, with the half width of its 95% interval."""
+  mean = float(np.mean(right))
+  return f"{mean:.3f} +- {1.96 * math.sqrt(mean * (1 - mean) / len(right)):.3f}"
+
+
+def filled(experiment: masked.Experiment, params, problems, temperature: float, **settings):
+  """(whether each problem is solved, calls a problem), one sample each."""
+  chosen = ml_collections.ConfigDict({**unmasking.section(), **settings})
+  fill = masked.filler(experiment, logits.temperature, chosen)
+  queries = [masked.query(experiment, problem.prompt) for problem in problems]
+  made = fillings.fill_all(
+    lambda keys, tokens: fill(params, temperature, keys, tokens),
+    queries,
+    jax.random.key(0),
+    num_samples=1,
+    batch_size=min(256, len(problems)),
+  )
+  responses = [
+    [fillings.response(experiment.tokenizer, tokens, query.start)]
+    for tokens, query in zip(made.tokens, queries, strict=True)
+  ]
+  verify_all = attempts.in_process(experiment.task.verify)
+  judged = attempts.judge_all(experiment.task, problems, responses, verify_all)
+  return [attempt.num_correct == 1 for attempt in judged], float(np.mean(made.calls))
+
+
+def decoded(experiment: language.Experiment, params, problems, temperature: float) -> list[bool]:
+  """Whether the causal model solves each problem."""
+  c = experiment.config.evaluation
+  sample = language.sampler(experiment, max_new_tokens=c.max_new_tokens)
+  made = attempts.attempt(
+    lambda keys, prompts: sample(params, temperature, keys, prompts),
+    experiment.task,
+    problems,
+    jax.random.key(0),
+    num_samples=1,
+    batch_size=min(256, len(problems)),
+    max_length=experiment.model_config.max_length,
+    max_new_tokens=c.max_new_tokens,
+  )
+  return [attempt.num_correct == 1 for attempt in made]
+
+
+def with_blanks(experiment: masked.Experiment, pattern: str) -> masked.Experiment:
+  """The experiment with problems of one pattern."""
+  config = experiment.config.copy_and_resolve_references()
+  config.task.blanks = (pattern,)
+  return experiment._replace(config=config, task=masked.task_of(config))
+
+
+def table(title: str, experiment: masked.Experiment, params, causal: tuple[Any, Any] | None):
+  """Prints a table of all orders."""
+  problems = masked.held_out_problems(experiment, _PROBLEMS.value)
+  print(f"\n{title}, {len(problems)} held-out problems\n")
+  print("| order | greedy | temperature 1 | calls |\n|---|---|---|---|")
+  if causal is not None:
+    asked = language.held_out_problems(causal[0], _PROBLEMS.value)
+    greedy, drawn = (share(decoded(*causal, asked, t)) for t in (0.0, 1.0))
+    print(f"| causal | {greedy} | {drawn} | |", flush=True)
+  for name, settings in ORDERS.items():
+    (greedy, _), (drawn, calls) = (
+      filled(experiment, params, problems, t, **settings) for t in (0.0, 1.0)
+    )
+    print(f"| {name} | {share(greedy)} | {share(drawn)} | {calls:.1f} |", flush=True)
+
+
+def main(_: Sequence[str]) -> None:
+  """Prints the tables."""
+  sudoku, causal = (experiment_lib.restore_params(None, run)[:2] for run in _SUDOKU.value)
+  table("Sudoku 4 by 4", *sudoku, causal)
+  sums, causal = (experiment_lib.restore_params(None, run)[:2] for run in _SUMS.value)
+  for pattern in sums[0].config.task.blanks:
+    beside = causal if pattern == "result" else None
+    table(f"Sums, blanks: {pattern}", with_blanks(sums[0], pattern), sums[1], beside)
+
+
+if __name__ == "__main__":
+  app.run(main)
