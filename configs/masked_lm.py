@@ -60,6 +60,11 @@ VARIANTS = {
   },
 }
 _TWIN = "-autoregressive"
+_PROBLEMS = {
+  "num_problems": 100,  # of each level, held out
+  "num_samples": 4,
+  "temperature": 1.0,
+}
 
 
 def get_config(variant: str = "text") -> ml_collections.ConfigDict:
@@ -116,10 +121,7 @@ def get_config(variant: str = "text") -> ml_collections.ConfigDict:
       "spike_factor": config_dict.placeholder(float),  # a leap of the loss stops nothing
     },
     "evaluation": {
-      "num_problems": 100,  # of each level, held out
-      "num_samples": 4,
-      "num_batches": 8,  # of text
-      "temperature": 1.0,
+      **(_PROBLEMS if "task" in v else {"num_batches": 8}),
       "batch_size": 64,
       "unmasking": {**unmasking.section(), "block": _placeholder(block_length)},
     },

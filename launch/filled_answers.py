@@ -37,7 +37,7 @@ def evaluate(
     loss = held_out.mean_loss(experiment)(params)
     console.print(f"Held-out loss <= {loss:.4f} nats per token ({loss / math.log(2):.4f} bits).")
     return {"loss": loss}
-  verify = functools.partial(_verified, params, chosen)
+  verify = functools.partial(_verified, params, chosen, c.evaluation.num_samples)
   if not c.task.get("blanks"):
     return _told(verify(experiment), console, None, chosen)
   found = {}
@@ -49,10 +49,8 @@ def evaluate(
   return {"blanks": found}
 
 
-def _verified(params, chosen, experiment):
-  attempt = masked.verified(
-    experiment, chosen, num_samples=experiment.config.evaluation.num_samples
-  )
+def _verified(params, chosen, num_samples, experiment):
+  attempt = masked.verified(experiment, chosen, num_samples=num_samples)
   return attempt(params, jax.random.key(experiment.config.seed))
 
 

@@ -98,8 +98,10 @@ def check(c: fields.Config) -> None:
   where = "evaluation.unmasking"
   fields.choose(f"{where}.sampler", c.sampler, dict.fromkeys(SAMPLERS))
   fields.choose(f"{where}.order", c.order, ORDERS)
-  both = c.threshold is not None and c.entropy_bound is not None
+  both = None not in (c.threshold, c.entropy_bound)
   fields.require(not both, f"{where} has a threshold and an entropy_bound; give one")
+  bound = c.entropy_bound
+  fields.require(bound is None or bound >= 0, f"{where}.entropy_bound is {bound}; it is at least 0")
   for name in ("per_step", "steps", "block"):
     least = c[name] is None or c[name] >= 1
     fields.require(least, f"{where}.{name} is {c[name]}; it is at least 1")

@@ -10,9 +10,21 @@ import jax.numpy as jnp
 import ml_collections
 import numpy as np
 import pytest
+import rich.console
 
-from ancestral.configs import arithmetic, text
-from ancestral.launch import answers, decoding, draws, experiment, fields, held_out, language, train
+from ancestral.configs import arithmetic, masked_lm, text
+from ancestral.launch import (
+  answers,
+  decoding,
+  draws,
+  experiment,
+  fields,
+  filled_answers,
+  held_out,
+  language,
+  train,
+  unmasking,
+)
 from ancestral.launch import texts as texts_lib
 from ancestral.sampling import logits
 from ancestral.training import data, step
@@ -184,10 +196,10 @@ def test_every_field_is_read_by_something(module, variant, tmp_path, monkeypatch
   else:
     assert held_out.mean_loss(built)(params) > 0
     for name, value in {
-      "_PROMPT": ["a"],
-      "_PROMPTS": None,
-      "_NUM_PROBLEMS": 0,
-      "_NUM_SAMPLES": 1,
+      "PROMPT": ["a"],
+      "PROMPTS": None,
+      "NUM_PROBLEMS": 0,
+      "NUM_SAMPLES": 1,
       "_MAX_NEW_TOKENS": None,
       "_STOP": [],
     }.items():
@@ -197,6 +209,27 @@ def test_every_field_is_read_by_something(module, variant, tmp_path, monkeypatch
     asks = texts_lib.asks_of(built, plain, {})
     assert len(list(texts_lib.draw(built, params, asks, plain, lambda progress: None))) == 1
     expected -= {"tokenizer.path"}  # read where the tokenizer is a file: launch/bad_input_test.py
+  assert expected - reads.found == set()
+
+
+@pytest.mark.parametrize("variant", ["arithmetic", "sudoku4", "text", "blocks"])
+def test_every_field_of_a_masked_model_is_read(variant, tmp_path, monkeypatch, compiles_quickly):
+  config = masked_lm.get_config(variant)
+  config.update(TINY)
+  config.evaluation.update(batch_size=4)
+  if "task" in config:
+    config.evaluation.update(num_problems=2, num_samples=2)
+  else:
+    config.data.row_length, config.evaluation.num_batches = 32, 1
+  expected = set(leaves(config))
+  reads = Reads(monkeypatch)
+  reads.watch(config)
+  train.train(train.open_run(config, str(tmp_path / "run")))
+  built, params, _ = experiment.restore_params(config, str(tmp_path / "run"))
+  monkeypatch.setattr(unmasking, "_FLAGS", {})  # not parsed
+  console = rich.console.Console(quiet=True)
+  assert filled_answers.evaluate(built, params, str(tmp_path / "run"), console)
+  expected -= {"tokenizer.path"}  # read where the tokenizer is a file
   assert expected - reads.found == set()
 
 

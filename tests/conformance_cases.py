@@ -11,7 +11,7 @@ import optax
 
 import targets
 from ancestral.models import bridges as bridge_models
-from ancestral.models import guided, mask_schedules, schedules, toy
+from ancestral.models import guided, mask_schedules, schedules, toy, toy_discrete
 from ancestral.sampling import (
   ancestral,
   automata,
@@ -27,12 +27,14 @@ from ancestral.sampling import (
   drafting,
   feedback,
   history,
+  jumps,
   logits,
   lookup,
   masked,
   multistep,
   noise_optimization,
   noise_search,
+  noises,
   remasking,
   singlestep,
   solvers,
@@ -40,6 +42,7 @@ from ancestral.sampling import (
   stochastic_beam,
   superposed,
   truncation,
+  uniform_state,
   unmasking,
 )
 
@@ -236,6 +239,29 @@ def of_blocks():
   return Case("blocks", algorithm, params, inputs, fields_of(("tokens", "calls")), dtypes)
 
 
+def jumping(name, kind, make, **kwargs):
+  """Jumps between all tokens, or from the mask, of the same law."""
+  noise = kind(LINEAR, 3)
+  exact = {
+    noises.masking: toy.joint_predictor,
+    noises.uniform: lambda joint: toy_discrete.uniform_predictor(joint, LINEAR),
+  }[kind]
+
+  def algorithm(logits):
+    joint = jax.nn.softmax(logits.reshape(-1)).reshape(logits.shape)
+    return make(exact(joint), noise)
+
+  params = jnp.asarray(np.random.default_rng(0).normal(size=(3,) * 4), jnp.float32)
+  inputs = lambda requests: jnp.asarray(BLANKS[requests])
+  dtypes = dict.fromkeys(("tokens", "calls"), "int32")
+  return Case(name, algorithm, params, inputs, fields_of(("tokens", "calls")), dtypes, **kwargs)
+
+
+def jumps_with_gibbs(predict, noise):
+  coarse = jumps.ancestral(predict, noise, TIMES)
+  return jumps.corrected(coarse, uniform_state.gibbs(predict, noise), TIMES)
+
+
 def corrected(predict):
   coarse = masked.ancestral(predict, LINEAR, TIMES, mask=3)
   return remasking.corrected(coarse, remasking.gibbs(predict, mask=3), mask=3)
@@ -317,4 +343,8 @@ CASES = [
   ),
   filling("masked-gibbs", corrected),
   of_blocks(),
+  jumping("masked-euler", noises.masking, lambda p, noise: jumps.euler(p, noise, TIMES)),
+  jumping("uniform-tau", noises.uniform, lambda p, noise: jumps.tau_leaping(p, noise, TIMES)),
+  jumping("uniform-gibbs", noises.uniform, jumps_with_gibbs),
+  jumping("uniform-gillespie", noises.uniform, uniform_state.gillespie),
 ]

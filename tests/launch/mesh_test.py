@@ -86,6 +86,25 @@ def eight_devices_go_on_over_another_mesh_with_a_language_model(command, tiny, t
   assert outcome.status == 0 and "from step 2 to 4" in outcome.err
 
 
+@pytest.mark.parametrize("variant", ["arithmetic", "sudoku4"])
+def eight_devices_fill_masks_in(command, tiny, tmp_path, variant):
+  def make(**more):
+    sizes = {"model__width": 32, "model__num_heads": 4, "train__batch_size": 16}
+    return tiny(f"masked_lm.py:{variant}", evaluation__num_problems=4, **sizes, **more)
+
+  workdirs = tmp_path / "data", tmp_path / "split"
+  same(command, make, workdirs, **MESHES["tensor"])
+  drawn = []
+  for mesh in ("data=8", "fsdp=2,tensor=4"):
+    ask = [f"--workdir={workdirs[1]}", "--num_problems=8", f"--mesh={mesh}"]
+    outcome = command(sample, *ask)
+    assert outcome.status == 0, outcome.err
+    drawn.append(outcome.out)
+  assert drawn[0] == drawn[1]
+  outcome = command(evaluate, f"--workdir={workdirs[1]}", "--mesh=tensor=2")
+  assert outcome.status == 0, outcome.err
+
+
 @pytest.mark.parametrize("config", ["image_diffusion.py:digits", "image_classifier.py"])
 def eight_devices_train_on_images(command, tiny, tmp_path, config):
   def make(**more):
