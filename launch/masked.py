@@ -73,12 +73,18 @@ def task_of(config: fields.Config) -> tasks.Task | None:
   return blanks.blanks(task, blanks.equations(operation, style), patterns=patterns)
 
 
-def _task_source(task: tasks.Task, seed: int, whole: bool) -> data.Source:
-  """Examples of a task: of one with blanks, the whole text is learned."""
+def _task_source(task: tasks.Task, seed: int) -> data.Source:
+  """Examples of a task: the answers are learned, or what is blank."""
 
   def item(index):
     problem = tasks.problem_at(task, seed, index)
-    return data.example(task.tokenizer, "" if whole else problem.prompt, problem.answer, index)
+    if blanks.BLANK not in problem.prompt:
+      return data.example(task.tokenizer, problem.prompt, problem.answer, index)
+    whole = data.example(task.tokenizer, "", problem.answer, index)
+    blank = np.zeros(len(whole["tokens"]), bool)
+    start = int(task.tokenizer.adds_bos)
+    blank[start : start + len(problem.prompt)] = blanks.pattern(problem.prompt)
+    return {**whole, "mask": blank}
 
   return data.Source(2**31 - 1, item)
 
@@ -91,7 +97,7 @@ def _sources(config, task, tokenizer) -> tuple[data.Source, data.Source]:
   sides = (
     tasks.restrict(task, side, test_percent=config.task.test_percent) for side in ("train", "test")
   )
-  return tuple(_task_source(side, config.seed, bool(config.task.get("blanks"))) for side in sides)
+  return tuple(_task_source(side, config.seed) for side in sides)
 
 
 def _rows(config, task, tokenizer) -> data.Rows:

@@ -20,6 +20,7 @@ from ancestral.launch import (
   unmasking,
 )
 from ancestral.models import flat_safetensors
+from ancestral.tasks import base as tasks
 from ancestral.training import metrics
 
 SMALL = {
@@ -282,6 +283,21 @@ def test_a_right_filling_is_judged_right():
     verify_all = attempts.in_process(built.task.verify)
     judged = attempts.judge_all(built.task, problems, responses, verify_all)
     assert all(attempt.num_correct == 1 for attempt in judged)
+
+
+def test_what_is_blank_is_learned_and_the_rest_is_given():
+  built = experiment.build(masked_lm.get_config("arithmetic"))
+  side = tasks.restrict(built.task, "train", test_percent=built.config.task.test_percent)
+  code = built.tokenizer
+  for index in range(20):
+    problem, example = tasks.problem_at(side, built.config.seed, index), built.source[index]
+    assert code.decode(example["tokens"].tolist()) == problem.answer
+    shown = np.where(example["mask"], built.mask, example["tokens"])
+    query = masked.query(built, problem.prompt)
+    np.testing.assert_array_equal(shown, query.tokens[: len(shown)])
+  texts = experiment.build(masked_lm.get_config("sudoku4"))
+  example = texts.source[0]
+  assert example["mask"].sum() == 17 and not example["mask"][:18].any()  # the answer and its end
 
 
 def test_the_section_of_a_configuration_has_the_fields_of_the_flags():
