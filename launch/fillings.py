@@ -14,8 +14,6 @@ index, prompt, text, tokens, calls (of the network) and what it was drawn with. 
 command goes on with --resume.
 """  # fmt: skip
 
-import contextlib
-import sys
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
@@ -156,15 +154,7 @@ def _prepare(wanted: Mapping[str, Any]):
   Raises:
     ValueError, OSError: the flags do not go together, or what they name is not there.
   """
-  if jax.process_count() > 1:
-    raise ValueError(f"Texts are drawn by one process, and there are {jax.process_count()}.")
-  if sum(map(bool, (texts.PROMPT.value, texts.PROMPTS.value, texts.NUM_PROBLEMS.value))) != 1:
-    raise ValueError("Give either --prompt=TEXT, --prompts=FILE or --num_problems=N.")
-  output = draws.output()
-  if output and output.exists() and not texts.RESUME.value:
-    raise ValueError(f"--output={output} exists: give --resume to go on with it, or another name.")
-  if texts.RESUME.value and not output:
-    raise ValueError("--resume goes on with an --output: name it.")
+  output = texts.checked_output()
   experiment, params, step = experiment_lib.restore_params(**wanted)
   chosen = unmasking.chosen(experiment.config)
   unmasking.check(chosen)
@@ -191,15 +181,4 @@ def run(wanted: Mapping[str, Any]) -> None:
   console = rich.console.Console(highlight=False, emoji=False)
   with flags.one_line_errors():
     found, total, output = _prepare(wanted)
-  try:
-    with contextlib.closing(found):
-      if output is None:
-        records.show(found, console)
-      else:
-        records.write(found, output)
-  except KeyboardInterrupt:
-    hint = f"; --resume goes on with {output}." if output else "."
-    print(f"interrupted{hint}", file=sys.stderr)
-    sys.exit(130)
-  if output:
-    console.print(f"{total} samples in {output}", soft_wrap=True)
+  records.deliver(found, total, output, console)

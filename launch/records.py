@@ -75,6 +75,30 @@ def progress(total: int, done: int) -> Iterator[Callable[[serve.Progress], None]
     yield update
 
 
+def deliver(
+  records: Iterator[Record], total: int, output: pathlib.Path | None, console: rich.console.Console
+) -> None:
+  """Writes the records to the output, or shows them; an interruption ends the program, status 130.
+
+  Args:
+    records: as they come.
+    total: how many there are in the end.
+    output: a file, or None.
+    console: where they are shown, or the file's name is.
+  """
+  try:
+    if output is None:
+      show(records, console)
+    else:
+      write(records, output)
+  except KeyboardInterrupt:
+    hint = f"; --resume goes on with {output}." if output else "."
+    print(f"interrupted{hint}", file=sys.stderr)
+    sys.exit(130)
+  if output:
+    console.print(f"{total} samples in {output}", soft_wrap=True)
+
+
 def write(records: Iterator[Record], output: pathlib.Path) -> None:
   """Appends each record as it comes, so that whatever happens to the next, it is there."""
   with open(output, "a") as file:

@@ -291,11 +291,11 @@ def _of_run(wanted: Mapping[str, Any]):
   return experiment, params, {"step": step, "last": flags.LAST.value}
 
 
-def _prepare(restore: Restore, template: Callable[[], chat.Template | None]):
-  """What `_draw` needs, from the flags.
+def checked_output() -> pathlib.Path | None:
+  """The file that samples go to; None is the screen.
 
   Raises:
-    ValueError, OSError: the flags do not go together, or what they name is not there.
+    ValueError, OSError: what is asked for is not said once, or the file is there already.
   """
   if jax.process_count() > 1:
     raise ValueError(f"Texts are drawn by one process, and there are {jax.process_count()}.")
@@ -304,10 +304,20 @@ def _prepare(restore: Restore, template: Callable[[], chat.Template | None]):
   output = draws.output()
   if output and output.exists() and not RESUME.value:
     raise ValueError(f"--output={output} exists: give --resume to go on with it, or another name.")
-  if NUM_PROBLEMS.value and _STOP.value:
-    raise ValueError("--stop is for prompts; answers have their own end: leave it out.")
   if RESUME.value and not output:
     raise ValueError("--resume goes on with an --output: name it.")
+  return output
+
+
+def _prepare(restore: Restore, template: Callable[[], chat.Template | None]):
+  """What `_draw` needs, from the flags.
+
+  Raises:
+    ValueError, OSError: the flags do not go together, or what they name is not there.
+  """
+  output = checked_output()
+  if NUM_PROBLEMS.value and _STOP.value:
+    raise ValueError("--stop is for prompts; answers have their own end: leave it out.")
   chosen = template()
   experiment, params, origin = restore()
   experiment = _limited(experiment)
@@ -365,14 +375,4 @@ def _draw(restore: Restore, template: Callable[[], chat.Template | None]) -> Non
       left = [ask for ask in asks if ask.record["index"] not in done]
       on_chunk = stack.enter_context(records.progress(len(asks), len(done)))
       found = draw(experiment, params, left, drawn, on_chunk, BATCH_SIZE.value)
-    try:
-      if output is None:
-        records.show(found, console)
-      else:
-        records.write(found, output)
-    except KeyboardInterrupt:
-      hint = f"; --resume goes on with {output}." if output else "."
-      print(f"interrupted{hint}", file=sys.stderr)
-      sys.exit(130)
-  if output:
-    console.print(f"{len(asks)} samples in {output}", soft_wrap=True)
+    records.deliver(found, len(asks), output, console)

@@ -90,7 +90,7 @@ def tiny():
           "evaluation.batch_size": 8,
           **(
             {"evaluation.num_problems": 3, "evaluation.num_samples": 2}
-            if config.startswith("arithmetic")
+            if config.startswith(("arithmetic", "masked_lm.py:arithmetic", "masked_lm.py:sudoku"))
             else {"evaluation.num_batches": 2}
           ),
           **{name.replace("__", "."): value for name, value in fields.items()},

@@ -23,13 +23,6 @@ from ancestral.models import flat_safetensors
 from ancestral.tasks import base as tasks
 from ancestral.training import metrics
 
-SMALL = {
-  "model__num_layers": 1,
-  "evaluation__num_problems": 4,
-  "evaluation__num_samples": 2,
-  "evaluation__num_batches": 1,
-}
-
 
 @pytest.fixture(scope="session")
 def source(tmp_path_factory):
@@ -44,10 +37,10 @@ def of_variant(tiny, source):
   """Arguments of a run of a variant that takes seconds."""
 
   def arguments(variant, **changes):
-    settings = {**SMALL, **changes}
+    settings = {"model__num_layers": 1, **changes}
     if not variant.startswith(("arithmetic", "sudoku")):
       settings |= {"data__folder": source, "data__pattern": "*.txt", "data__row_length": 32}
-    return tiny(f"masked_lm.py:{variant}", **{k.replace("__", "."): v for k, v in settings.items()})
+    return tiny(f"masked_lm.py:{variant}", **settings)
 
   return arguments
 
