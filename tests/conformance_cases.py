@@ -35,8 +35,10 @@ from ancestral.sampling import (
   noise_optimization,
   noise_search,
   noises,
+  particles,
   remasking,
   singlestep,
+  soft_values,
   solvers,
   speculative,
   stochastic_beam,
@@ -267,6 +269,22 @@ def corrected(predict):
   return remasking.corrected(coarse, remasking.gibbs(predict, mask=3), mask=3)
 
 
+def steering(name, steer, sample, dtypes):
+  """First hitting steered towards small tokens."""
+  reward = lambda state: -jnp.sum(jnp.where(state.tokens == 3, 1.0, state.tokens), axis=1)
+  hitting = lambda predict: masked.first_hitting(predict, LINEAR, mask=3)
+  case = filling(name, lambda predict: steer(hitting(predict), soft_values.of_state(reward)))
+  return case._replace(sample=sample, dtypes=dtypes)
+
+
+def chosen_step_by_step(algorithm, value):
+  return particles.svdd(algorithm, value, num_candidates=3, temperature=0.5)
+
+
+def weighed(algorithm, value):
+  return particles.smc(algorithm, value, num_particles=3, temperature=0.5)
+
+
 CLEAN = np.linspace(-1, 1, 12, dtype=np.float32).reshape(4, 3)
 
 CASES = [
@@ -343,6 +361,18 @@ CASES = [
   ),
   filling("masked-gibbs", corrected),
   of_blocks(),
+  steering(
+    "svdd",
+    chosen_step_by_step,
+    lambda state: {"tokens": state.state.tokens, "calls": state.calls},
+    {"tokens": "int32", "calls": "int32"},
+  ),
+  steering(
+    "smc",
+    weighed,
+    lambda state: {"tokens": state.states.tokens, "log_z": particles.log_z(state)},
+    {"tokens": "int32", "log_z": "float32"},
+  ),
   jumping("masked-euler", noises.masking, lambda p, noise: jumps.euler(p, noise, TIMES)),
   jumping("uniform-tau", noises.uniform, lambda p, noise: jumps.tau_leaping(p, noise, TIMES)),
   jumping("uniform-gibbs", noises.uniform, jumps_with_gibbs),
