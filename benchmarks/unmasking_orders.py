@@ -15,7 +15,6 @@ blanks anywhere are what the causal model cannot be asked.
 
 import math
 from collections.abc import Sequence
-from typing import Any
 
 import jax
 import ml_collections
@@ -26,6 +25,8 @@ from ancestral.evaluation import attempts, fillings
 from ancestral.launch import experiment as experiment_lib
 from ancestral.launch import language, masked, unmasking
 from ancestral.sampling import logits
+from ancestral.tasks import base as tasks
+from ancestral.tasks import blanks
 
 _SUDOKU = flags.DEFINE_list("sudoku", None, "Workdirs: masked, causal.", required=True)
 _SUMS = flags.DEFINE_list("sums", None, "Workdirs: masked, causal.", required=True)
@@ -92,37 +93,35 @@ def decoded(experiment: language.Experiment, params, problems, temperature: floa
   return [attempt.num_correct == 1 for attempt in made]
 
 
-def with_blanks(experiment: masked.Experiment, pattern: str) -> masked.Experiment:
-  """The experiment with problems of one pattern."""
-  config = experiment.config.copy_and_resolve_references()
-  config.task.blanks = (pattern,)
-  return experiment._replace(config=config, task=masked.task_of(config))
+def hidden(problems: Sequence[tasks.Problem], pattern: str) -> list[tasks.Problem]:
+  """The same problems, with blanks."""
+  hide, rng = blanks.PATTERNS[pattern](), np.random.default_rng(0)
+  return [blanks.ask(problem, hide(rng, problem)) for problem in problems]
 
 
-def table(title: str, experiment: masked.Experiment, params, causal: tuple[Any, Any] | None):
-  """Prints a table of all orders."""
-  problems = masked.held_out_problems(experiment, _PROBLEMS.value)
+def table(title: str, experiment: masked.Experiment, params, problems, causal, asked) -> None:
+  """Prints a table of all orders; of the causal model too, where there is what it can be asked."""
   print(f"\n{title}, {len(problems)} held-out problems\n")
-  print("| order | greedy | temperature 1 | calls |\n|---|---|---|---|")
-  if causal is not None:
-    asked = language.held_out_problems(causal[0], _PROBLEMS.value)
+  print("| order | greedy | calls | temperature 1 | calls |\n|---|---|---|---|---|")
+  if asked:
     greedy, drawn = (share(decoded(*causal, asked, t)) for t in (0.0, 1.0))
-    print(f"| causal | {greedy} | {drawn} | |", flush=True)
+    print(f"| causal | {greedy} | | {drawn} | |", flush=True)
   for name, settings in ORDERS.items():
-    (greedy, _), (drawn, calls) = (
-      filled(experiment, params, problems, t, **settings) for t in (0.0, 1.0)
-    )
-    print(f"| {name} | {share(greedy)} | {share(drawn)} | {calls:.1f} |", flush=True)
+    made = [filled(experiment, params, problems, t, **settings) for t in (0.0, 1.0)]
+    cells = " | ".join(f"{share(right)} | {calls:.1f}" for right, calls in made)
+    print(f"| {name} | {cells} |", flush=True)
 
 
 def main(_: Sequence[str]) -> None:
   """Prints the tables."""
   sudoku, causal = (experiment_lib.restore_params(None, run)[:2] for run in _SUDOKU.value)
-  table("Sudoku 4 by 4", *sudoku, causal)
+  problems = language.held_out_problems(causal[0], _PROBLEMS.value)
+  table("Sudoku 4 by 4", *sudoku, problems, causal, problems)
   sums, causal = (experiment_lib.restore_params(None, run)[:2] for run in _SUMS.value)
+  problems = language.held_out_problems(causal[0], _PROBLEMS.value)
   for pattern in sums[0].config.task.blanks:
-    beside = causal if pattern == "result" else None
-    table(f"Sums, blanks: {pattern}", with_blanks(sums[0], pattern), sums[1], beside)
+    asked = problems if pattern == "result" else []
+    table(f"Sums, blanks: {pattern}", *sums, hidden(problems, pattern), causal, asked)
 
 
 if __name__ == "__main__":

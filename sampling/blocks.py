@@ -54,7 +54,7 @@ def unmask(
   Args:
     model: bidirectional, of V + 1 tokens, the last of them the mask.
     params: its parameters, a transformer's unstacked.
-    rule: chooses positions of a block; `unmasking`.
+    rule: chooses positions of a block; `unmasking`. Its step counts all calls of the row.
     block_length: n, of which the length of the sequences is a multiple.
     mask: V.
     transform: of the law of each token, whose context is the block; without feedback.
@@ -84,10 +84,11 @@ def unmask(
     )
     is_masked = block == mask
     finished = ~jnp.any(is_masked, axis=1) & active
-    log_p, cache = _read(model, params, state, block, transform)
+    logits, cache = _read(model, params, state, block)
+    log_p = masked.transformed(logits, block, transform)
     token = masked.draw_each(token_keys, log_p)
-    chosen = jax.vmap(rule)(rule_keys, masked.View(log_p, token, is_masked, state.step))
-    chosen &= is_masked
+    view = masked.View(jax.nn.log_softmax(logits), token, is_masked, state.step)
+    chosen = jax.vmap(rule)(rule_keys, view) & is_masked
     block = jnp.where(chosen, token, block)
     place = jax.vmap(lambda row, block, at: jax.lax.dynamic_update_slice_in_dim(row, block, at, 0))
     own = jnp.take_along_axis(log_p, token[..., None], axis=-1)[..., 0]
@@ -108,15 +109,14 @@ def unmask(
   return base.SamplingAlgorithm(init, step)
 
 
-def _read(model, params, state, block, transform):
-  """log p [B, n, V] of the current block's tokens, and the cache with the block as it is."""
+def _read(model, params, state, block):
+  """Logits [B, n, V] of the current block's tokens, and the cache with the block as it is."""
   end = state.length[:, None, None] + block.shape[1]
   seen = jnp.arange(state.tokens.shape[1])[None, None, :] < end
   seen = jnp.broadcast_to(seen, (*block.shape, state.tokens.shape[1]))
   cache = state.cache._replace(length=state.length)
   hidden, cache = models.apply(model, params, block, cache, mask=seen)
-  logits = model.readout(params, hidden)[..., :-1]
-  return masked.transformed(logits, block, transform), cache
+  return model.readout(params, hidden)[..., :-1], cache
 
 
 def sample(

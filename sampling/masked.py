@@ -21,6 +21,7 @@ from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from ..models import base as models
 from ..models import mask_schedules
@@ -50,8 +51,8 @@ class Info(NamedTuple):
 class View(NamedTuple):
   """One row, as a rule sees it that chooses positions to write."""
 
-  log_p: jax.Array  # [L, V], the law of each position's token
-  token: jax.Array  # [L], a draw of it
+  log_p: jax.Array  # [L, V], the predictor's own law of each position's token, not transformed
+  token: jax.Array  # [L], a draw of the transformed law
   masked: jax.Array  # [L] bool, the positions that there are to choose from
   step: jax.Array  # []
 
@@ -76,22 +77,49 @@ def laws(
   return transformed(predict(tokens, t), tokens, transform)
 
 
+def law_at(
+  predict: models.Predictor,
+  tokens: jax.Array,
+  t: jax.Array,
+  place: jax.Array,
+  transform: logits_lib.LogitsTransform = NO_TRANSFORM,
+) -> jax.Array:
+  """log p [B, V] of the token at position place [B] of each row, transformed."""
+  logits = jnp.take_along_axis(predict(tokens, t), place[:, None, None], axis=1)
+  return transformed(logits, tokens, transform)[:, 0]
+
+
 def transformed(
   logits: jax.Array, tokens: jax.Array, transform: logits_lib.LogitsTransform
 ) -> jax.Array:
   """log p [B, L, V] of logits [B, L, V], transformed position by position: `check_transform`."""
-  check_transform(transform)
-  length = jnp.full(tokens.shape[:1], tokens.shape[1], jnp.int32)
-  context = logits_lib.Context(tokens, length, jnp.zeros_like(length))
-  apply = lambda logits: transform.apply(logits, context, ())
+  check_transform(transform, logits.shape[-1])
+  apply = lambda logits: transform.apply(logits, _context(tokens), ())
   logits = jax.vmap(apply, in_axes=1, out_axes=1)(logits.astype(jnp.float32))
   return jax.nn.log_softmax(logits, axis=-1)
 
 
-def check_transform(transform: logits_lib.LogitsTransform) -> None:
-  """Raises ValueError if the transform feeds back from token to token: here they have no order."""
+def _context(tokens):
+  length = jnp.full(tokens.shape[:1], tokens.shape[1], jnp.int32)
+  return logits_lib.Context(tokens, length, jnp.zeros_like(length))
+
+
+def check_transform(transform: logits_lib.LogitsTransform, vocab_size: int) -> None:
+  """Refuses a transform that looks at more than the logits: tokens are written in no order here.
+
+  Raises:
+    ValueError: it feeds back from token to token, or reads what has been written.
+  """
   if jax.tree.leaves(transform.init(1)):
     raise ValueError("Masked sampling has no order of tokens for a transform to feed back along.")
+  apply = lambda context, logits: transform.apply(logits, context, ())
+  context = _context(jnp.zeros((1, 1), jnp.int32))
+  traced = jax.make_jaxpr(apply)(context, jnp.zeros((1, vocab_size))).jaxpr
+  read = {id(var) for equation in traced.eqns for var in equation.invars}
+  if any(id(var) in read for var in traced.invars[: len(context)]):
+    raise ValueError(
+      "Masked sampling has no order of tokens: a transform may not look at those written before."
+    )
 
 
 def split(keys: base.Keys, num: int = 2) -> tuple[base.Keys, ...]:
@@ -151,10 +179,13 @@ def ancestral(
     mask: V.
     transform: of each position's law; without feedback.
 
+  Raises:
+    ValueError: times rise, or do not end at 0.
+
   Reference: Sahoo et al. 2024 (MDLM), arXiv 2406.07524, eq. 6 and section 4.3 (caching); Shi et al.
     2024 (MD4), arXiv 2406.04329, section 3.3.
   """
-  times = jnp.asarray(times, jnp.float32)
+  times = grid(times)
   num_steps = times.shape[0] - 1
 
   def step(keys, state):
@@ -168,6 +199,15 @@ def ancestral(
     return written_if_any(token_keys, state, leaves, log_p, active)
 
   return base.SamplingAlgorithm(lambda keys, tokens: start(tokens), step)
+
+
+def grid(times: jax.Array) -> jax.Array:
+  """Times [T + 1] of a sampler; ValueError where they are known, and rise or do not end at 0."""
+  if not isinstance(times, jax.core.Tracer):
+    known = np.asarray(times)
+    if known.ndim != 1 or known.size < 2 or np.any(np.diff(known) > 0) or known[-1] != 0:
+      raise ValueError("Times of masked sampling go from 1 to 0 and do not rise.")
+  return jnp.asarray(times, jnp.float32)
 
 
 def written_if_any(
@@ -237,13 +277,14 @@ def first_hitting(
     u = jax.vmap(lambda key: jax.random.uniform(key))(time_keys)
     noise = jnp.where(active, state.noise * u ** (1 / jnp.maximum(count, 1)), state.noise)
     place = logits_lib.draw(place_keys, jnp.where(masked, 0.0, -jnp.inf))
-    log_p = laws(predict, state.tokens, schedule.time(1 - noise), transform)
-    law = jnp.take_along_axis(log_p, place[:, None, None], axis=1)
-    token = logits_lib.draw(token_keys, law[:, 0])
-    chosen = (jnp.arange(masked.shape[1])[None] == place[:, None]) & masked
-    everywhere = jnp.broadcast_to(token[:, None], masked.shape)
-    now, info = written(State(*state[:3]), chosen, everywhere, log_p, active)
-    return HittingState(*now, noise), info
+    law = law_at(predict, state.tokens, schedule.time(1 - noise), place, transform)
+    token = logits_lib.draw(token_keys, law)
+    chosen = (jnp.arange(masked.shape[1])[None] == place[:, None]) & active[:, None]
+    now = State(
+      state.step + active, jnp.where(chosen, token[:, None], state.tokens), state.calls + active
+    )
+    own = jnp.take_along_axis(law, token[:, None], axis=1)
+    return HittingState(*now, noise), Info(chosen, jnp.where(chosen, own, 0))
 
   return base.SamplingAlgorithm(init, step)
 
@@ -263,16 +304,18 @@ def unmask(
     predict: (tokens, t [B]) -> logits; t is the share of positions that are masked.
     rule: chooses.
     mask: V.
-    transform: of the law of each token, as the rule sees it too; without feedback.
+    transform: of the law that each token is drawn from; the rule sees the predictor's own.
   """
 
   def step(keys, state):
     rule_keys, token_keys = split(keys)
     masked = state.tokens == mask
-    log_p = laws(predict, state.tokens, jnp.mean(masked, axis=1), transform)
+    logits = predict(state.tokens, jnp.mean(masked, axis=1)).astype(jnp.float32)
+    log_p = transformed(logits, state.tokens, transform)
     token = draw_each(token_keys, log_p)
-    chosen = jax.vmap(rule)(rule_keys, View(log_p, token, masked, state.step))
-    return written(state, chosen & masked, token, log_p, jnp.any(masked, axis=1))
+    view = View(jax.nn.log_softmax(logits), token, masked, state.step)
+    chosen = jax.vmap(rule)(rule_keys, view) & masked
+    return written(state, chosen, token, log_p, jnp.any(masked, axis=1))
 
   return base.SamplingAlgorithm(lambda keys, tokens: start(tokens), step)
 

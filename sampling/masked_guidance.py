@@ -110,5 +110,6 @@ def classifier_by_gradient(
 
 def _tilted(logits, evidence, weight):
   """logits + w evidence; what is impossible stays so, whatever the classifier says of it."""
-  tilted = logits + jnp.asarray(weight, jnp.float32).reshape(-1, 1, 1) * evidence
-  return jnp.where(logits > -jnp.inf, tilted, -jnp.inf)
+  w = jnp.asarray(weight, jnp.float32).reshape(-1, 1, 1)
+  tilt = jnp.where(w == 0, 0, w * jnp.where(w == 0, 0, evidence))  # 0 inf is NaN
+  return jnp.where(logits > -jnp.inf, logits + tilt, -jnp.inf)

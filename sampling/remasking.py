@@ -47,11 +47,13 @@ def most(moment: Moment) -> jax.Array:
 
 def cap(eta: float | jax.Array) -> Remask:
   """sigma = min(eta, `most`). Reference: Wang et al. 2025, arXiv 2503.00307, section 4.1."""
+  logits_lib.require("cap", eta, lambda eta: 0 <= eta <= 1, "in [0, 1]")
   return lambda moment: jnp.minimum(eta, most(moment))
 
 
 def rescale(eta: float | jax.Array) -> Remask:
   """sigma = eta `most`; eta = 0 is ancestral. Reference: arXiv 2503.00307, section 4.1."""
+  logits_lib.require("rescale", eta, lambda eta: 0 <= eta <= 1, "in [0, 1]")
   return lambda moment: eta * most(moment)
 
 
@@ -59,7 +61,7 @@ def confident(remask: Remask) -> Remask:
   """sigma_i = sigma exp(-p_i) / sum_j exp(-p_j) over kept tokens, p_i their confidence.
 
   Tokens that were unlikely when they were written are taken back first. Masked tokens are unmasked
-  as without remasking, as in the authors' code, so fewer are masked at s than the schedule says:
+  as without remasking, as in the authors' code, so more are masked at s than the schedule says:
   unlike the others, it does not keep the marginal.
 
   Reference: Wang et al. 2025, arXiv 2503.00307, section 4.1 (ReMDM-conf).
@@ -121,7 +123,7 @@ def remasking(
 
   Reference: Wang et al. 2025 (ReMDM), arXiv 2503.00307, eq. 5 and 6.
   """
-  times = jnp.asarray(times, jnp.float32)
+  times = masked.grid(times)
   num_steps = times.shape[0] - 1
 
   def step(keys, state):
@@ -169,10 +171,15 @@ def corrected(
     correct: `gibbs` or `forward_backward`.
     mask: V.
     num: how often.
+
+  Raises:
+    ValueError: the algorithm has another state.
   """
 
   def init(keys, tokens):
     state = algorithm.init(keys, tokens)
+    if not isinstance(state, masked.State):
+      raise ValueError("corrected: the algorithm's state has to be a masked.State.")
     return start(state.tokens, mask)
 
   def step(keys, state):
@@ -197,7 +204,7 @@ def gibbs(
   """Masks one written token, any of them alike, and draws it anew from p(x_i | the others).
 
   With exact conditionals it leaves the law of the tokens as it is, whichever are masked. A row of
-  which nothing is written stays.
+  which nothing is written stays. The predictor is told the share of masks as the time.
   """
 
   def correct(keys, state):
@@ -208,9 +215,8 @@ def gibbs(
     place = logits_lib.draw(place_keys, scores)
     here = (jnp.arange(kept.shape[1])[None] == place[:, None]) & kept
     tokens = jnp.where(here, mask, state.tokens)
-    log_p = masked.laws(predict, tokens, jnp.mean(tokens == mask, axis=1), transform)
-    law = jnp.take_along_axis(log_p, place[:, None, None], axis=1)[:, 0]
-    token = logits_lib.draw(token_keys, law)
+    t = jnp.mean(tokens == mask, axis=1)
+    token = logits_lib.draw(token_keys, masked.law_at(predict, tokens, t, place, transform))
     return state._replace(
       tokens=jnp.where(here, token[:, None], state.tokens), calls=state.calls + some
     )

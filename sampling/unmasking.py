@@ -7,8 +7,11 @@ are a trade of calls of the network for the dependence between their tokens.
 `sampled_probability` looks at the tokens that were drawn, and prefers those that are likely. Even
 one position a step then draws from another law, since an unlikely token is put off and drawn again
 later: 0.60 in total variation on a Markov chain of 4 states and 6 tokens. It is LLaDA's
-`low_confidence`, Dream's `maskgit_plus`, and the rule of MaskGIT itself; at temperature 0, where
-the token is the likeliest one, it is `max_probability`.
+`low_confidence`, Dream's `maskgit_plus`, and the rule of MaskGIT without its Gumbel noise. Where
+the token is the likeliest one, as at temperature 0, it is `max_probability`.
+
+Scores are of the predictor's own law, whatever temperature or filter the tokens are drawn with: at
+temperature 0 every token of a tempered law would be certain.
 """
 
 from collections.abc import Callable
@@ -17,6 +20,7 @@ import jax
 import jax.numpy as jnp
 
 from ..models import mask_schedules
+from . import logits as logits_lib
 from .masked import Rule, View
 
 # (key, view) -> [L], the higher the sooner
@@ -76,7 +80,9 @@ def expected_number(
 ) -> Callable[[View], jax.Array]:
   """As many as `masked.ancestral` unmasks on average on this grid, rounded up.
 
-  With the cosine schedule it is MaskGIT's number of tokens a step; with the linear one, LLaDA's.
+  With the linear schedule it is LLaDA's number of tokens a step; with the cosine one nearly
+  MaskGIT's, which rounds what is left down and not what is taken up. Steps are counted from the
+  start of the sequence: not for `semi_autoregressive`.
   """
   times = jnp.asarray(times, jnp.float32)
 
@@ -107,6 +113,8 @@ def top(score: Score, num: int | jax.Array | Callable[[View], jax.Array] = 1) ->
 
 def threshold(score: Score, least: float | jax.Array) -> Rule:
   """All positions whose score is at least `least`, and the best one in any case.
+
+  For scores that mean the same at every position: `max_probability`, `margin`.
 
   With `max_probability` and .9, for greedy tokens: Wu et al. 2025 (Fast-dLLM), arXiv 2505.22618,
   section 3.3.
@@ -144,17 +152,23 @@ def entropy_bound(bound: float | jax.Array) -> Rule:
   The sum of the k entropies less their joint entropy, at least the largest, bounds the information
   that drawing them independently ignores. bound = 0 writes one a step, or those that are certain.
 
+  Raises:
+    ValueError: a number for the bound that is below 0.
+
   Reference: Ben-Hamu et al. 2025 (EB-Sampler), arXiv 2505.24857, section 3.
   """
+
+  logits_lib.require("entropy_bound", bound, lambda bound: bound >= 0, "at least 0")
 
   def rule(key, view):
     del key
     entropy = entropies(view.log_p)
-    rank = _rank(-entropy, view.masked)
-    # The sum of those of lower rank is what each adds up to less itself, the largest so far.
-    lower = rank[None, :] < rank[:, None]
-    before = jnp.sum(jnp.where(lower & view.masked[None, :], entropy[None, :], 0), axis=1)
-    return (before <= bound) & view.masked
+    order = jnp.argsort(jnp.where(view.masked, entropy, jnp.inf), stable=True)
+    # What a prefix adds up to less its last, the largest of it, is the sum of those before.
+    taken = jnp.where(view.masked, entropy, 0)[order]
+    before = jnp.cumsum(taken) - taken
+    fits = jnp.zeros(view.masked.shape, bool).at[order].set(before <= bound)
+    return fits & view.masked
 
   return rule
 
