@@ -78,6 +78,8 @@ def check(config: Config, sections: Sequence[str]) -> None:
   decay, peak = c["train"].get("average_decay", 0.0), c["optimizer"]["peak"]
   warmup = c["optimizer"]["warmup_fraction"]
   spike = c["train"].get("spike_factor")
+  temperature = c.get("evaluation", {}).get("temperature", 1.0)
+  require(temperature >= 0, f"evaluation.temperature is {temperature}; it is at least 0")
   require(spike is None or spike > 0, f"train.spike_factor is {spike}; it is above 0")
   require(c["seed"] >= 0, f"seed is {c['seed']}; it is at least 0")
   require(0 <= decay < 1, f"train.average_decay is {decay}; it is in [0, 1)")

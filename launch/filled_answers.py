@@ -11,7 +11,8 @@ import jax
 import rich.console
 
 from ..models import base as models
-from . import answers, held_out, masked, unmasking
+from ..sampling import logits
+from . import answers, flags, held_out, masked, unmasking
 
 FLAGS = unmasking.FLAGS
 
@@ -31,13 +32,17 @@ def evaluate(
     console: where tables go.
   """
   del workdir
-  c, chosen = experiment.config, unmasking.chosen(experiment.config)
-  unmasking.check(chosen)
+  c = experiment.config
+  with flags.one_line_errors():
+    if experiment.task is None:
+      flags.refuse_others(FLAGS, ())  # a bound needs no sampler
+    chosen = unmasking.chosen(c)
   if experiment.task is None:
     loss = held_out.mean_loss(experiment)(params)
     console.print(f"Held-out loss <= {loss:.4f} nats per token ({loss / math.log(2):.4f} bits).")
     return {"loss": loss}
-  verify = functools.partial(_verified, params, chosen, c.evaluation.num_samples)
+  fill = masked.filler(experiment, logits.temperature, chosen)
+  verify = functools.partial(_verified, params, fill, c.evaluation.num_samples)
   if not c.task.get("blanks"):
     return _told(verify(experiment), console, None, chosen)
   found = {}
@@ -49,8 +54,8 @@ def evaluate(
   return {"blanks": found}
 
 
-def _verified(params, chosen, num_samples, experiment):
-  attempt = masked.verified(experiment, chosen, num_samples=num_samples)
+def _verified(params, fill, num_samples, experiment):
+  attempt = masked.verified(experiment, fill, num_samples=num_samples)
   return attempt(params, jax.random.key(experiment.config.seed))
 
 

@@ -2,7 +2,7 @@
   python -m ancestral.launch.sample --workdir=runs/masked --prompt="def " --length=128
   python -m ancestral.launch.sample --workdir=runs/masked --prompt="for _ in ____:" --blank=_
   python -m ancestral.launch.sample --workdir=runs/sums --prompt=1_+3_=49
-  python -m ancestral.launch.sample --workdir=runs/sudoku --num_problems=5 --order=margin
+  python -m ancestral.launch.sample --workdir=runs/sudoku --num_problems=5 --block=4
 
 A prompt without blanks is continued to --length tokens, an empty one is sampling from nothing. One
 with blanks is filled in and has its own length; --blank says what stands for one, and is `_` where
@@ -10,7 +10,8 @@ the run's task has blanks. How masks are filled in is said by --sampler and its 
 configuration's if unset; how a token is drawn, by --preset and its settings.
 
 With --output, each batch of samples is written as soon as it is filled in, one JSON object a line:
-index, prompt, text, tokens, calls (of the network) and what it was drawn with. An interrupted
+index, prompt, text, stop_reason ("stop", an end token; "length"; "filled", of blanks), tokens,
+calls (of the network) and what it was drawn with. An interrupted
 command goes on with --resume.
 """  # fmt: skip
 
@@ -57,11 +58,16 @@ class Ask(NamedTuple):
   query: fillings.Query
   record: dict[str, Any]  # what is known of it beforehand, and written with it
   problem: tasks.Problem | None
+  filled: bool  # in, and not continued
 
 
 def _prompts(experiment: masked.Experiment) -> list[tuple[str, tasks.Problem | None]]:
   if not texts.NUM_PROBLEMS.value:
-    return [(line.prompt, None) for line in texts.lines_of(1)]
+    lines = texts.lines_of(1)
+    for line in lines:
+      if line._replace(prompt="", stop=list(line.stop)) != texts.Line("", 1, stop=[]):
+        raise ValueError("A line for a masked model has a prompt, and nothing else.")
+    return [(line.prompt, None) for line in lines]
   if experiment.task is None:
     raise ValueError("--num_problems needs a task, and this model has none: give --prompt.")
   per_level = -(-texts.NUM_PROBLEMS.value // len(experiment.config.task.levels))
@@ -69,22 +75,27 @@ def _prompts(experiment: masked.Experiment) -> list[tuple[str, tasks.Problem | N
   return [(problem.prompt, problem) for problem in problems]
 
 
-def _query(experiment: masked.Experiment, prompt: str) -> fillings.Query:
-  """What a prompt asks; see the module.
+def _query(experiment: masked.Experiment, prompt: str) -> tuple[fillings.Query, bool]:
+  """What a prompt asks, and whether it is to be filled in; see the module.
 
   Raises:
-    ValueError: there is no room, or the blank is not one character.
+    ValueError: there is no room, or the blank is not one character, or not in the prompt.
   """
   blank = _BLANK.value
+  task = experiment.task is not None and bool(experiment.config.task.get("blanks"))
+  if _LENGTH.value is not None and (blank is not None or task):
+    raise ValueError("--length is of continuations; what is filled in has its own.")
   if blank is not None and experiment.task is not None:
     raise ValueError("--blank is for texts; a task has its own.")
   if blank is not None and len(blank) != 1:
     raise ValueError(f"--blank={blank!r} has to be one character.")
-  if blank and blank in prompt:
-    if blanks.BLANK in prompt and blank != blanks.BLANK:
-      raise ValueError(f"A prompt with {blanks.BLANK!r} in it takes --blank={blanks.BLANK}.")
-    return masked.infilling(experiment, prompt.replace(blank, blanks.BLANK))
-  return masked.query(experiment, prompt, _LENGTH.value)
+  if blank is None:
+    return masked.query(experiment, prompt, _LENGTH.value), task
+  if blank not in prompt:
+    raise ValueError(f"--blank={blank} is not in the prompt {prompt!r}.")
+  if blanks.BLANK in prompt and blank != blanks.BLANK:
+    raise ValueError(f"A prompt with {blanks.BLANK!r} in it takes --blank={blanks.BLANK}.")
+  return masked.infilling(experiment, prompt.replace(blank, blanks.BLANK)), True
 
 
 def asks_of(
@@ -105,23 +116,29 @@ def asks_of(
   if not prompts:
     raise ValueError(f"--prompts={texts.PROMPTS.value} holds no prompt.")
   for i, (prompt, problem) in enumerate(prompts):
-    query = _query(experiment, prompt)
+    query, filled = _query(experiment, prompt)
+    asked = {"prompt": prompt, "blank": _BLANK.value, "length": len(query.tokens)}
     for j in range(n):
-      known = {"index": i * n + j, "prompt": prompt, "run_seed": draws.SEED.value, **origin, **how}
-      asks.append(Ask(query, known, problem))
+      known = {"index": i * n + j, **asked, "run_seed": draws.SEED.value, **origin, **how}
+      asks.append(Ask(query, known, problem, filled))
   return asks
 
 
 def _record(experiment: masked.Experiment, ask: Ask, tokens: np.ndarray, calls: int) -> Any:
   response = fillings.response(experiment.tokenizer, tokens, ask.query.start)
+  text, reason = response.text, "length" if response.fault else "stop"
+  if ask.filled:
+    reason = "filled"
+    if experiment.task is None:  # what comes after an end is still what was given
+      text = experiment.tokenizer.decode(tokens.tolist())
   judged = {}
   if ask.problem is not None:
     (verdict,) = attempts.judge(experiment.task, ask.problem, [response]).verdicts
     judged = verdict._asdict()
   return {
     **ask.record,
-    "text": response.text,
-    "stop_reason": "length" if response.fault else "stop",
+    "text": text,
+    "stop_reason": reason,
     **judged,
     "tokens": tokens.tolist(),
     "calls": int(calls),
@@ -157,9 +174,8 @@ def _prepare(wanted: Mapping[str, Any]):
   output = texts.checked_output()
   experiment, params, step = experiment_lib.restore_params(**wanted)
   chosen = unmasking.chosen(experiment.config)
-  unmasking.check(chosen)
   drawn = decoding.from_flags(experiment.tokenizer)
-  sampling.check_transform(drawn.transform(drawn.settings))
+  sampling.check_transform(drawn.transform(drawn.settings), experiment.mask)
   settings = {**drawn.fixed, **drawn.settings}
   how = {"settings": settings, "unmasking": chosen.to_dict()}
   asks = asks_of(experiment, {"step": step, "last": flags.LAST.value}, how)

@@ -139,11 +139,9 @@ def sources(
 def _check(config: fields.Config) -> None:
   """Raises at the first number that its field cannot mean."""
   row_length = config.data.row_length
-  temperature = config.evaluation.get("temperature", 1.0)
   fields.require(row_length >= 1, f"data.row_length is {row_length}; it is at least 1")
   fields.check(config, ("model", "loss", "train", "evaluation"))
   fields.choose("model.dtype", config.model.dtype, fields.DTYPES)
-  fields.require(temperature >= 0, f"evaluation.temperature is {temperature}; it is at least 0")
 
 
 def build(config: fields.Config) -> Experiment:

@@ -126,15 +126,11 @@ def _check(config: fields.Config) -> None:
   """Raises at the first field that says nothing, or what another contradicts."""
   fields.check(config, ("model", "loss", "train", "evaluation"))
   fields.choose("model.dtype", config.model.dtype, fields.DTYPES)
-  unmasking.check(config.evaluation.unmasking)
-  trained = config.loss.block_length
-  if trained is not None:
-    wanted = config.evaluation.unmasking.block
-    fields.require(
-      wanted == trained and config.data.row_length % trained == 0,
-      f"loss.block_length is {trained}: evaluation.unmasking.block has to be that too, and "
-      "data.row_length a multiple of it",
-    )
+  trained, length = config.loss.block_length, config.data.row_length
+  unmasking.check(config.evaluation.unmasking, trained)
+  fields.require(length >= 1, f"data.row_length is {length}; it is at least 1")
+  whole = trained is None or length % trained == 0
+  fields.require(whole, f"data.row_length={length} is no multiple of loss.block_length={trained}")
 
 
 def build(config: fields.Config) -> Experiment:
@@ -204,6 +200,7 @@ def query(experiment: Experiment, prompt: str, length: int | None = None) -> fil
   length = row_length if length is None else length
   if experiment.task is not None and experiment.config.task.get("blanks"):
     return infilling(experiment, prompt)
+  _check_length(experiment, length)
   begun = tokenizer.encode(prompt) if experiment.task is None else tokenizer.opened(prompt)
   if len(begun) >= length:
     raise ValueError(f"The prompt takes {len(begun)} tokens of {length}: shorten it.")
@@ -212,16 +209,29 @@ def query(experiment: Experiment, prompt: str, length: int | None = None) -> fil
   return fillings.Query(tokens, len(begun))
 
 
+def _check_length(experiment: Experiment, length: int) -> None:
+  """Raises ValueError for sequences that the model does not have; rotary positions go further."""
+  c, block = experiment.model_config, experiment.config.loss.block_length
+  if c.positions == "learned" and length > c.max_length:
+    raise ValueError(f"A sequence of {length} tokens is longer than the model's {c.max_length}.")
+  if block is not None and length % block:
+    raise ValueError(f"The model has blocks of {block} tokens, and {length} are not whole blocks.")
+
+
 def infilling(experiment: Experiment, prompt: str) -> fillings.Query:
   """A text whose blanks are to be filled in, in the rows that the task's model has learned.
 
   Raises:
-    ValueError: it has no room, or its tokens are not characters.
+    ValueError: it has no blank, or no room, or its tokens are not characters.
   """
   tokenizer, length = experiment.tokenizer, experiment.config.data.row_length
+  if blanks.BLANK not in prompt:
+    raise ValueError(f"The prompt {prompt!r} has no blank ({blanks.BLANK}) to be filled in.")
   shown = blanks.tokens(tokenizer, prompt)
   if experiment.task is None:  # texts do not begin and end with a row
-    return fillings.Query(np.asarray(shown[tokenizer.adds_bos :], np.int32), 0)
+    shown = shown[tokenizer.adds_bos :]
+    _check_length(experiment, len(shown))
+    return fillings.Query(np.asarray(shown, np.int32), 0)
   tokens = np.full(length, tokenizer.pad, np.int32)
   if len(shown) >= length:
     raise ValueError(f"The text takes {len(shown)} tokens and its end, of {length}: shorten it.")
@@ -260,12 +270,28 @@ def held_out_problems(experiment: Experiment, count: int) -> list[tasks.Problem]
   return language.held_out_problems(experiment, count, task_of)
 
 
-def verified(experiment: Experiment, chosen: fields.Config, *, num_samples: int):
+def _check_room(experiment: Experiment, problems: Sequence[tasks.Problem]) -> None:
+  """Raises ValueError where a row does not hold a prompt, its answer and the end."""
+  encode, length = experiment.tokenizer.encode, experiment.config.data.row_length
+  opened = experiment.tokenizer.opened
+  texts = [(problem.prompt, problem.answer) for problem in problems]
+  if experiment.config.task.get("blanks"):
+    texts = [("", answer) for _, answer in texts]
+  needed = max(len(opened(prompt)) + len(encode(answer)) + 1 for prompt, answer in texts)
+  fields.require(needed <= length, f"data.row_length is {length}: problems take up to {needed}")
+
+
+def verified(
+  experiment: Experiment,
+  fill: Callable[..., fillings.Filled],
+  *,
+  num_samples: int,
+):
   """A function of (params, key): `num_samples` answers to each held-out problem, as Attempts.
 
   Args:
     experiment: whose problems.
-    chosen: how masks are filled in, `unmasking.chosen`.
+    fill: `filler` of temperatures.
     num_samples: of each.
 
   Raises:
@@ -273,8 +299,8 @@ def verified(experiment: Experiment, chosen: fields.Config, *, num_samples: int)
   """
   c = experiment.config.evaluation
   problems = held_out_problems(experiment, c.num_problems)
+  _check_room(experiment, problems)
   queries = [query(experiment, problem.prompt) for problem in problems]
-  fill = filler(experiment, logits.temperature, chosen)
 
   def attempt(params, key):
     responses = fillings.respond(
@@ -291,12 +317,11 @@ def verified(experiment: Experiment, chosen: fields.Config, *, num_samples: int)
   return attempt
 
 
-def _texts(experiment: Experiment, num: int = 4, most: int = 128) -> Callable[[Any], Sequence[str]]:
+def _texts(experiment: Experiment, num: int = 4, most: int = 128) -> Callable[[Any], str]:
   """A function of params: texts drawn from nothing, as Markdown."""
   c = experiment.config
-  length = min(c.data.row_length, most)
-  if c.loss.block_length:
-    length -= length % c.loss.block_length
+  block = c.loss.block_length or 1
+  length = max(min(c.data.row_length, most) // block, 1) * block
   tokens = jnp.full((num, length), experiment.mask, jnp.int32)
   fill = filler(experiment, logits.temperature, c.evaluation.unmasking)
 
@@ -318,5 +343,6 @@ def scores(experiment: Experiment) -> Callable[[models.Params], dict[str, Any]]:
   if experiment.task is None:
     loss, write = held_out.mean_loss(experiment), _texts(experiment)
     return lambda params: {"held_out_loss": loss(params), "samples": write(params)}
-  attempt = verified(experiment, experiment.config.evaluation.unmasking, num_samples=1)
+  fill = filler(experiment, logits.temperature, experiment.config.evaluation.unmasking)
+  attempt = verified(experiment, fill, num_samples=1)
   return lambda params: markdown.summary(attempt(params, jax.random.key(experiment.config.seed)))

@@ -119,6 +119,8 @@ def show(records: Iterator[Record], console: rich.console.Console) -> None:
 
 def _show(console: rich.console.Console, record: Record) -> None:
   asked = record["messages"][-1]["content"] + "\n" if "messages" in record else record["prompt"]
+  if record["stop_reason"] == "filled":
+    asked = ""  # the text is all of it
   line = rich.text.Text(asked).append(record["text"], "bold")
   if "correct" in record:
     reason, colour = ("correct", "green") if record["correct"] else (record["reason"], "red")

@@ -4,8 +4,8 @@
 --sampler=ancestral --steps=64              the reverse process in 64 steps
 --sampler=remasking --steps=64 --remask=.1  which takes tokens back with probability .1 at most
 --sampler=ordered --order=margin            one token a call, in the order of a score
---sampler=ordered --order=entropy --entropy_bound=.5    as many as are nearly independent
---sampler=ordered --threshold=.9            all that are likely enough
+--sampler=ordered --entropy_bound=.5        as many as are nearly independent
+--sampler=ordered --order=max_probability --threshold=.9    all that are likely enough
 --block=8                                   blocks of 8 from left to right, within any of these
 """
 
@@ -39,11 +39,18 @@ ORDERS = {
   "sampled_probability": unmasking.sampled_probability,  # biased
 }
 
-SAMPLERS = ("first_hitting", "ancestral", "remasking", "ordered")
+# The fields that a sampler reads.
+SAMPLERS = {
+  "first_hitting": ("block",),
+  "ancestral": ("steps",),
+  "remasking": ("steps", "remask"),
+  "ordered": ("order", "per_step", "threshold", "entropy_bound", "block"),
+}
 GRIDDED = ("ancestral", "remasking")  # which take a number of steps
+_FROM_0_TO_1 = ("max_probability", "margin", "sampled_probability")  # scores of these orders are
 
 _FLAGS = {
-  "sampler": flags.DEFINE_enum("sampler", None, SAMPLERS, "How masks are filled in."),
+  "sampler": flags.DEFINE_enum("sampler", None, list(SAMPLERS), "How masks are filled in."),
   "order": flags.DEFINE_enum("order", None, list(ORDERS), "Of --sampler=ordered."),
   "per_step": flags.DEFINE_integer(
     "per_step", None, "Tokens written in a call, of --sampler=ordered.", lower_bound=1
@@ -84,20 +91,43 @@ def section() -> dict[str, Any]:
 
 
 def chosen(config: fields.Config) -> fields.Config:
-  """`config.evaluation.unmasking` with what the flags say instead."""
+  """`config.evaluation.unmasking` with what the flags say instead, checked.
+
+  Raises:
+    ValueError: a flag means nothing to the sampler, or beside another.
+  """
   made = config.evaluation.unmasking.copy_and_resolve_references()
+  given = {name: flag.value for name, flag in _FLAGS.items() if flag.value is not None}
   with made.unlocked():
-    for name, flag in _FLAGS.items():
-      if flag.value is not None:
-        made[name] = flag.value
+    made.update(given)
+  for name in given.keys() - {"sampler", *SAMPLERS[made.sampler]}:
+    readers = " or ".join(sampler for sampler, reads in SAMPLERS.items() if name in reads)
+    raise ValueError(f"--{name} means nothing to the sampler {made.sampler}: --sampler={readers}.")
+  for name, other in (
+    ("per_step", "threshold"),
+    ("per_step", "entropy_bound"),
+    ("order", "entropy_bound"),
+  ):
+    if name in given and made[other] is not None:
+      raise ValueError(f"--{name} means nothing beside {other}: leave one of them out.")
+  check(made, config.loss.block_length)
   return made
 
 
-def check(c: fields.Config) -> None:
-  """Raises ValueError where `c`, of the section's fields, does not say how to fill masks in."""
+def check(c: fields.Config, trained_block: int | None = None) -> None:
+  """Raises ValueError where `c`, of the section's fields, does not say how to fill masks in.
+
+  Args:
+    c: the section.
+    trained_block: the length of the blocks that the model was trained in, if it was.
+  """
   where = "evaluation.unmasking"
-  fields.choose(f"{where}.sampler", c.sampler, dict.fromkeys(SAMPLERS))
+  fields.choose(f"{where}.sampler", c.sampler, SAMPLERS)
   fields.choose(f"{where}.order", c.order, ORDERS)
+  fields.require(
+    c.threshold is None or c.order in _FROM_0_TO_1,
+    f"{where}.threshold is of scores from 0 to 1; order has to be one of {', '.join(_FROM_0_TO_1)}",
+  )
   both = None not in (c.threshold, c.entropy_bound)
   fields.require(not both, f"{where} has a threshold and an entropy_bound; give one")
   bound = c.entropy_bound
@@ -106,8 +136,16 @@ def check(c: fields.Config) -> None:
     least = c[name] is None or c[name] >= 1
     fields.require(least, f"{where}.{name} is {c[name]}; it is at least 1")
   fields.require(0 <= c.remask <= 1, f"{where}.remask is {c.remask}; it is from 0 to 1")
-  gridded = c.sampler in GRIDDED and c.block is not None
-  fields.require(not gridded, f"{where}.sampler={c.sampler!r} has no blocks; leave block unset")
+  gridded = c.sampler in GRIDDED
+  if trained_block is not None:
+    fields.require(
+      not gridded and c.block == trained_block,
+      f"loss.block_length is {trained_block}: {where}.block has to be that too, and the sampler "
+      "first_hitting or ordered",
+    )
+  fields.require(
+    not (gridded and c.block), f"{where}.sampler={c.sampler!r} has no blocks; leave block unset"
+  )
 
 
 def _rule(c: fields.Config) -> masked.Rule:

@@ -55,7 +55,7 @@ def block_diffusion(
   def loss(key, params, batch):
     if "segments" in batch:
       raise ValueError("Blocks do not fit documents packed into rows: pad rows, or cut them full.")
-    masking_key, model_key = masked.keys_of(key)
+    masking_key, model_key = masked.keys_of(key, batch["tokens"])
     tokens, learned = batch["tokens"], batch["mask"] != 0
     is_masked, weights = _by_block(masking, masking_key, learned, block_length)
     both = jnp.concatenate([jnp.where(is_masked, mask, tokens), tokens], axis=1)

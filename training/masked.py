@@ -151,7 +151,7 @@ def masked_diffusion(
   """
 
   def loss(key, params, batch):
-    masking_key, model_key = keys_of(key)
+    masking_key, model_key = keys_of(key, batch["tokens"])
     tokens, learned = batch["tokens"], batch["mask"] != 0
     masked, _, weight = masking(masking_key, learned)
     noisy = {**batch, "tokens": jnp.where(masked, mask, tokens)}
@@ -181,12 +181,16 @@ def readout(
   return read
 
 
-def keys_of(key: jax.Array | None) -> tuple[jax.Array, jax.Array | None]:
-  """Keys of what is masked and of dropout; without a key the same ones every time, and no dropout.
+def keys_of(key: jax.Array | None, tokens: jax.Array) -> tuple[jax.Array, jax.Array | None]:
+  """Keys of what is masked and of dropout; without a key, that of the tokens, and no dropout.
 
-  So a held-out loss is one of the same draws at every evaluation.
+  So a held-out loss is one of the same draws at every evaluation, and of others in every batch.
   """
-  return (jax.random.key(0), None) if key is None else tuple(jax.random.split(key))
+  if key is not None:
+    return tuple(jax.random.split(key))
+  places = jnp.arange(tokens.size, dtype=jnp.uint32).reshape(tokens.shape)
+  digest = jnp.sum((tokens.astype(jnp.uint32) + 1) * (2 * places + 1) * jnp.uint32(2654435761))
+  return jax.random.fold_in(jax.random.key(0), digest), None
 
 
 def bound(

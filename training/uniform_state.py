@@ -201,7 +201,7 @@ def uniform_diffusion(
   """
 
   def loss(key, params, batch):
-    noise_key, model_key = masked.keys_of(key)
+    noise_key, model_key = masked.keys_of(key, batch["tokens"])
     time_key, noise_key, token_key = jax.random.split(noise_key, 3)
     clean, learned = batch["tokens"], batch["mask"] != 0
     t, s = objective.times(quantiles(time_key, clean.shape[0]))

@@ -103,7 +103,7 @@ def test_a_run_goes_on_exactly(command, of_variant, tmp_path):
 SAMPLERS = [
   [],
   ["--sampler=ordered", "--order=margin"],
-  ["--sampler=ordered", "--order=entropy", "--entropy_bound=0.5"],
+  ["--sampler=ordered", "--entropy_bound=0.5"],
   ["--sampler=ordered", "--order=max_probability", "--threshold=0.3"],
   ["--sampler=ordered", "--per_step=3", "--block=4"],
   ["--sampler=ancestral", "--steps=4"],
@@ -144,7 +144,8 @@ def test_a_sample_does_not_depend_on_the_batch_and_an_output_goes_on(command, ru
 
 
 def test_problems_are_verified(command, run_of):
-  outcome = command(sample, f"--workdir={run_of('sudoku4')}", "--num_problems=3", "--order=margin")
+  how = ["--sampler=ordered", "--order=margin"]
+  outcome = command(sample, f"--workdir={run_of('sudoku4')}", "--num_problems=3", *how)
   assert outcome.status == 0, outcome.err
   lines = outcome.out.splitlines()
   assert len(lines) == 3
@@ -167,8 +168,24 @@ def test_texts_are_continued_and_filled_in(command, run_of, tmp_path):
   assert again["tokens"] == filled["tokens"]
   nothing = drawn("--prompt=", "--length=8")
   assert len(nothing["tokens"]) == 8
-  cool = drawn("--prompt=the", "--length=16", "--temperature=0", "--order=margin")
-  assert cool["settings"]["temperature"] == 0
+  assert filled["stop_reason"] == "filled" and filled["text"].startswith("the n")
+  how = ["--sampler=ordered", "--order=max_probability", "--threshold=0.9"]
+  cool = drawn("--prompt=the", "--length=16", "--temperature=0", *how)
+  # The threshold is of the model's own probabilities, far from sure after four steps.
+  assert cool["settings"]["temperature"] == 0 and cool["calls"] == 13
+
+
+def test_an_output_of_another_length_is_not_gone_on_with(command, run_of, tmp_path):
+  output = tmp_path / "out.jsonl"
+  common = [f"--workdir={run_of('text')}", "--prompt=the", f"--output={output}"]
+  assert command(sample, *common, "--length=8").status == 0
+  outcome = command(sample, *common, "--length=9", "--resume")
+  assert outcome.status == 2 and "length 8 where this command would have 9" in outcome.err
+
+
+def test_what_is_filled_in_is_shown_alone(command, run_of):
+  outcome = command(sample, f"--workdir={run_of('arithmetic')}", "--prompt=1_+33=94")
+  assert outcome.status == 0 and len(outcome.out.strip()) <= 8 and "(cut)" not in outcome.out
 
 
 def test_a_model_of_blocks_is_sampled_in_blocks(command, run_of, tmp_path):
@@ -219,7 +236,10 @@ BAD_FIELDS = {
   "evaluation.unmasking.per_step=0": "config.evaluation.unmasking.per_step is 0; it is at least 1.",
   "evaluation.unmasking.remask=2.0": "remask is 2.0; it is from 0 to 1.",
   "task.blanks=('middle',)": "config.task.blanks is 'middle'; it is one of",
-  "data.row_length=8": "The text takes",
+  "data.row_length=8": "config.data.row_length is 8: problems take up to",
+  "evaluation.temperature=-1.0": "config.evaluation.temperature is -1.0; it is at least 0.",
+  "evaluation.unmasking.threshold=0.5": "order has to be one of max_probability, margin",
+  "evaluation.unmasking.entropy_bound=-1.0": "entropy_bound is -1.0; it is at least 0.",
 }
 
 
@@ -238,8 +258,17 @@ BAD_FLAGS = {
   "--prompt=abcdef --length=4": "The prompt takes 6 tokens of 4",
   "--num_problems=2": "--num_problems needs a task",
   "--prompt=a --block=2 --sampler=ancestral": "has no blocks",
-  "--prompt=a --threshold=0.5 --entropy_bound=1": "give one",
+  "--prompt=a --sampler=ordered --order=margin --threshold=0.5 --entropy_bound=1": "nothing beside",
+  "--prompt=a --sampler=ordered --threshold=0.5": "order has to be one of max_probability",
+  "--prompt=a --order=margin": "--order means nothing to the sampler first_hitting",
+  "--prompt=a --steps=3": "--steps means nothing to the sampler first_hitting",
+  "--prompt=a --sampler=ordered --remask=0.1": "--sampler=remasking.",
+  "--prompt=a --sampler=ordered --per_step=2 --entropy_bound=1": "nothing beside entropy_bound",
+  "--prompt=a --blank=*": "--blank=* is not in the prompt",
+  "--prompt=a*b --blank=* --length=9": "--length is of continuations",
   "--prompt=a --mirostat=2 --preset=llamacpp": "no order of tokens",
+  "--prompt=a --no_repeat_ngram_size=2": "may not look at those written before",
+  "--prompt=a --min_new_tokens=4": "may not look at those written before",
   "--prompt=a --prompts=b.txt": "Give either",
 }
 
@@ -249,6 +278,42 @@ def test_bad_flags_are_said_in_one_line(command, run_of, given):
   outcome = command(sample, f"--workdir={run_of('text')}", *given.split(" "))
   assert outcome.status == 2 and BAD_FLAGS[given] in outcome.err, outcome.err
   assert len(outcome.err.strip().splitlines()) == 1
+
+
+BAD_RUNS = {
+  ("blocks", "--prompt=the --length=20"): "blocks of 16 tokens, and 20 are not whole blocks",
+  ("blocks", "--prompt=the --block=4"): "config.loss.block_length is 16",
+  ("blocks", "--prompt=the --sampler=ancestral"): "sampler first_hitting or ordered",
+  ("arithmetic", "--prompt=12+30="): "has no blank (_) to be filled in",
+  ("arithmetic", "--prompt=1_+3=4 --length=9"): "--length is of continuations",
+  ("sudoku4", "--prompt=1.3..41..14...2.= --length=50"): "longer than the model's 35",
+}
+
+
+@pytest.mark.parametrize("variant, given", BAD_RUNS, ids=str)
+def test_what_a_run_cannot_do_is_said_in_one_line(command, run_of, variant, given):
+  outcome = command(sample, f"--workdir={run_of(variant)}", *given.split(" "))
+  assert outcome.status == 2 and BAD_RUNS[variant, given] in outcome.err, outcome.err
+  assert len(outcome.err.strip().splitlines()) == 1
+
+
+def test_lines_of_json_have_a_prompt_alone(command, run_of, tmp_path):
+  prompts = tmp_path / "prompts.jsonl"
+  prompts.write_text('{"prompt": "the"}\n{"prompt": "the", "seed": 3}\n')
+  outcome = command(sample, f"--workdir={run_of('text')}", f"--prompts={prompts}")
+  assert outcome.status == 2 and "a prompt, and nothing else" in outcome.err
+
+
+def test_a_bound_needs_no_sampler(command, run_of):
+  outcome = command(evaluate, f"--workdir={run_of('text')}", "--sampler=ancestral")
+  assert outcome.status == 2 and "--sampler means nothing here" in outcome.err
+
+
+def test_a_row_of_one_long_block_is_sampled_while_training(command, of_variant, tmp_path):
+  changes = {"loss__block_length": 160, "evaluation__unmasking__block": 160}
+  arguments = of_variant("blocks", **changes, train__batch_size=2)
+  arguments += ["--config.data.row_length=160", "--config.train.num_steps=1"]
+  assert command(train, f"--workdir={tmp_path / 'run'}", *arguments).status == 0
 
 
 def test_a_right_filling_is_judged_right():

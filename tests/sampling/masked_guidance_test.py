@@ -78,6 +78,15 @@ def test_without_prompt_masks_the_prompt_alone():
   np.testing.assert_array_equal(seen[0], [[V, 2, V]])
 
 
+def test_weight_zero_is_no_guidance_whatever_the_classifier_says():
+  nothing = lambda tokens, t: jnp.full(tokens.shape[0], -jnp.inf)
+  tokens = jnp.array([[V, 1, V], [V, V, V]])
+  out = masked_guidance.classifier(PREDICT, nothing, jnp.array([0.0, 0.0]))(
+    tokens, jnp.float32(0.5)
+  )
+  np.testing.assert_allclose(out[1], jax.nn.log_softmax(PREDICT(tokens, 0.5))[1], atol=1e-6)
+
+
 def test_what_is_impossible_stays_so():
   never = lambda tokens, t: jnp.broadcast_to(jnp.array([-jnp.inf, 0.0, 0.0]), (1, L, V))
   anything = lambda tokens, t: jnp.zeros(tokens.shape[0])

@@ -9,7 +9,7 @@ import targets
 from ancestral.evaluation import unmasking_laws
 from ancestral.models import mask_schedules, toy
 from ancestral.models import masked as masked_models
-from ancestral.sampling import base, feedback, logits, masked, truncation, unmasking
+from ancestral.sampling import base, feedback, history, logits, masked, truncation, unmasking
 
 pytestmark = pytest.mark.usefixtures("compiles_quickly")
 
@@ -224,6 +224,33 @@ def test_a_transform_that_feeds_back_is_refused():
       ),
       blank(2),
     )
+
+
+def test_a_transform_that_looks_at_tokens_is_refused():
+  banned = history.no_repeat_ngram(2)
+  with pytest.raises(ValueError, match="written before"):
+    masked.check_transform(logits.chain(logits.temperature(0.5), banned), V)
+  masked.check_transform(logits.chain(logits.temperature(0.5), truncation.top_p(0.9)), V)
+
+
+@pytest.mark.parametrize("score", POSITION_FIRST[2:], ids=lambda score: score.__name__)
+def test_orders_do_not_depend_on_the_temperature_of_tokens(score):
+  """At temperature 0 all tempered laws are certain; the order is still by the predictor's own."""
+  rows = blank(200)
+
+  def first_places(temperature):
+    transform = logits.temperature(temperature)
+    algorithm = lambda: masked.unmask(PREDICT, unmasking.top(score), mask=V, transform=transform)
+    return np.asarray(draw(algorithm, rows, 1)[1].written[0])
+
+  np.testing.assert_array_equal(first_places(0.0), first_places(1.0))
+  assert first_places(0.0)[0].sum() == 1
+
+
+def test_grids_end_at_nothing_masked():
+  for times in ([1.0, 0.5], [1.0, 0.2, 0.4, 0.0], [0.0]):
+    with pytest.raises(ValueError, match="go from 1 to 0"):
+      masked.ancestral(PREDICT, LINEAR, np.array(times), mask=V)
 
 
 def test_sample_stops_when_nothing_is_masked():

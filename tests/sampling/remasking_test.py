@@ -117,6 +117,24 @@ def test_confidence_takes_back_what_was_unlikely():
   assert np.all((np.asarray(state.confidence) > 0) & (np.asarray(state.confidence) <= 1 + 1e-6))
 
 
+def test_confident_remasking_masks_more_than_the_schedule_says():
+  times = np.linspace(1, 0, 6)
+  _, seen = run_remasking(remasking.confident(remasking.rescale(1.0)), times)
+  share = np.asarray(seen == V).mean(axis=(1, 2))
+  assert np.all(share[1:-1] > times[2:-1] + 0.02) and share[-1] == 0
+
+
+def test_numbers_out_of_range_are_refused():
+  with pytest.raises(ValueError, match=r"rescale\(1.5\)"):
+    remasking.rescale(1.5)
+  with pytest.raises(ValueError, match=r"cap\(-0.1\)"):
+    remasking.cap(-0.1)
+  hitting = masked.first_hitting(PREDICT, LINEAR, mask=V)
+  algorithm = remasking.corrected(hitting, remasking.gibbs(PREDICT, mask=V), mask=V)
+  with pytest.raises(ValueError, match=r"masked\.State"):
+    base.start(targets.keys_of([0]), algorithm, blank(1))
+
+
 def law_at(noise):
   """p(x_s) over [V + 1] * L: each token masked apart from the others."""
   law = np.zeros((V + 1,) * L)

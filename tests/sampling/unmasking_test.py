@@ -80,6 +80,11 @@ def test_entropy_bound_takes_the_longest_prefix(bound):
   assert chosen(unmasking.entropy_bound(bound)) == set(order[: max(fits)])
 
 
+def test_entropy_bound_below_zero_is_refused():
+  with pytest.raises(ValueError, match="at least 0"):
+    unmasking.entropy_bound(-1.0)
+
+
 def test_entropy_bound_writes_all_that_is_certain():
   laws = LAWS.copy()
   laws[[0, 3, 5]] = np.eye(V)[[1, 2, 0]]
