@@ -257,7 +257,7 @@ BAD_FLAGS = {
   "--prompt=a_*b --blank=*": "takes --blank=_",
   "--prompt=abcdef --length=4": "The prompt takes 6 tokens of 4",
   "--num_problems=2": "--num_problems needs a task",
-  "--prompt=a --block=2 --sampler=ancestral": "has no blocks",
+  "--prompt=a --block=2 --sampler=ancestral": "--block means nothing to the sampler ancestral",
   "--prompt=a --sampler=ordered --order=margin --threshold=0.5 --entropy_bound=1": "nothing beside",
   "--prompt=a --sampler=ordered --threshold=0.5": "order has to be one of max_probability",
   "--prompt=a --order=margin": "--order means nothing to the sampler first_hitting",
