@@ -154,7 +154,7 @@ def test_an_unknown_kind(mean_kind):
   config = fields.Config({"kind": "meen"})
   with pytest.raises(
     ValueError,
-    match=r"'meen'; it is one of classifier, image_learning, .*, learning, masked, mean, preferences\.",
+    match=r"'meen'; it is one of classifier, .*, learning, masked, mean, preferences\.",
   ):
     experiment.build(config)
 
