@@ -39,7 +39,7 @@ def every_step(predict, times, *, mask: int) -> base.SamplingAlgorithm:
   times = jnp.asarray(times, jnp.float32)
 
   def step(keys, state):
-    choose_keys, token_keys = masked.split(keys)
+    choose_keys, token_keys = base.split(keys)
     t, s = times[state.step], times[state.step + 1]
     prob = mask_schedules.unmask_prob(LINEAR, t, s)
     leaves = masked.coins(choose_keys, prob, state.tokens == mask)

@@ -19,11 +19,13 @@ from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import rich.console
 from absl import flags as absl_flags
 
 from ..evaluation import attempts, fillings
+from ..sampling import base
 from ..sampling import masked as sampling
 from ..tasks import base as tasks
 from ..tasks import blanks
@@ -158,8 +160,7 @@ def draw(
     for first in range(0, len(group), size):
       some = group[first : first + size]
       padded = [*some, *[some[-1]] * (size - len(some))]
-      requests = jax.numpy.asarray([ask.record["index"] for ask in padded])
-      keys = jax.vmap(jax.random.fold_in, in_axes=(None, 0))(key, requests)
+      keys = base.row_keys(key, jnp.asarray([ask.record["index"] for ask in padded]))
       filled = fill(params, keys, np.stack([ask.query.tokens for ask in padded]))
       for ask, tokens, calls in zip(some, *map(np.asarray, filled), strict=False):
         yield _record(experiment, ask, tokens, calls)

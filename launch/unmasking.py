@@ -195,10 +195,8 @@ def filler(
 
   def fill(params, transform, keys, tokens):
     made = algorithm(params, transform)
-    state = base.start(keys, made, tokens)
     if c.sampler in GRIDDED:
-      return base.run(keys, made, state, c.steps)[0]
-    done = lambda state: ~jnp.any(state.tokens == mask, axis=1)
-    return base.run_until(keys, made, state, done, 2 * tokens.shape[1])
+      return base.run(keys, made, base.start(keys, made, tokens), c.steps)[0]
+    return masked.finished(keys, made, tokens, mask=mask)
 
   return fill

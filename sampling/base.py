@@ -92,6 +92,11 @@ def run_until(
   return jax.lax.while_loop(unfinished, body, (jnp.int32(0), state))[1]
 
 
+def split(keys: Keys, num: int = 2) -> tuple[Keys, ...]:
+  """`num` keys of each of keys [B], each [B]."""
+  return jax.vmap(lambda key: tuple(jax.random.split(key, num)))(keys)
+
+
 def cond(
   keys: Keys, predicate: jax.Array, draw: Callable[[Keys], Any], skip: Callable[[], Any]
 ) -> Any:

@@ -77,7 +77,7 @@ def unmask(
     return State(*masked.start(tokens), first, cache)
 
   def step(keys, state):
-    rule_keys, token_keys = masked.split(keys)
+    rule_keys, token_keys = base.split(keys)
     active = jnp.any(state.tokens == mask, axis=1)
     block = jax.vmap(lambda row, at: jax.lax.dynamic_slice_in_dim(row, at, block_length))(
       state.tokens, state.length
@@ -117,12 +117,3 @@ def _read(model, params, state, block):
   cache = state.cache._replace(length=state.length)
   hidden, cache = models.apply(model, params, block, cache, mask=seen)
   return model.readout(params, hidden)[..., :-1], cache
-
-
-def sample(
-  keys: base.Keys, algorithm: base.SamplingAlgorithm, tokens: jax.Array, *, mask: int
-) -> jax.Array:
-  """The sequences [B, L] when nothing is masked any more; call it inside jit."""
-  state = base.start(keys, algorithm, tokens)
-  done = lambda state: ~jnp.any(state.tokens == mask, axis=1)
-  return base.run_until(keys, algorithm, state, done, 2 * tokens.shape[1]).tokens

@@ -274,7 +274,7 @@ def speculative(
     return ContinuousState(jnp.zeros_like(length), tokens, length, cache, draft)
 
   def step(keys, state):
-    draft_keys, judge_keys = jax.vmap(lambda key: tuple(jax.random.split(key)))(keys)
+    draft_keys, judge_keys = base.split(keys)
     drafts = propose(draft_model, draft_params, draft_keys, state, num_drafts)
     last = jnp.take_along_axis(state.tokens, state.length[:, None, None] - 1, axis=1)
     read = jnp.concatenate([last, drafts.tokens], axis=1)

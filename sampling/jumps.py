@@ -212,7 +212,7 @@ def corrected(
   times = jnp.asarray(times, jnp.float32)
 
   def step(keys, state):
-    step_keys, corrector_keys = masked.split(keys)
+    step_keys, corrector_keys = base.split(keys)
     new, info = algorithm.step(step_keys, state)
     between = (new.step > state.step) & (new.step < times.shape[0] - 1)
     better = corrector(corrector_keys, new, times[jnp.minimum(new.step, times.shape[0] - 2)])

@@ -17,7 +17,7 @@ fewer calls than tokens gets wrong.
 """
 
 from collections.abc import Callable
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -122,11 +122,6 @@ def check_transform(transform: logits_lib.LogitsTransform, vocab_size: int) -> N
     )
 
 
-def split(keys: base.Keys, num: int = 2) -> tuple[base.Keys, ...]:
-  """`num` keys of each of keys [B], each [B]."""
-  return jax.vmap(lambda key: tuple(jax.random.split(key, num)))(keys)
-
-
 def coins(keys: base.Keys, prob: jax.Array, where: jax.Array) -> jax.Array:
   """Which of the positions `where` [B, L] come up, each with probability prob [B] or [B, L]."""
   flip = lambda key, p, row: jax.random.bernoulli(key, p, row.shape, mode="high")
@@ -189,7 +184,7 @@ def ancestral(
   num_steps = times.shape[0] - 1
 
   def step(keys, state):
-    choose_keys, token_keys = split(keys)
+    choose_keys, token_keys = base.split(keys)
     active = state.step < num_steps
     t = times[jnp.minimum(state.step, num_steps)]
     s = times[jnp.minimum(state.step + 1, num_steps)]
@@ -273,7 +268,7 @@ def first_hitting(
     masked = state.tokens == mask
     count = jnp.sum(masked, axis=1)
     active = count > 0
-    place_keys, time_keys, token_keys = split(keys, 3)
+    place_keys, time_keys, token_keys = base.split(keys, 3)
     u = jax.vmap(lambda key: jax.random.uniform(key))(time_keys)
     noise = jnp.where(active, state.noise * u ** (1 / jnp.maximum(count, 1)), state.noise)
     place = logits_lib.draw(place_keys, jnp.where(masked, 0.0, -jnp.inf))
@@ -308,7 +303,7 @@ def unmask(
   """
 
   def step(keys, state):
-    rule_keys, token_keys = split(keys)
+    rule_keys, token_keys = base.split(keys)
     masked = state.tokens == mask
     logits = predict(state.tokens, jnp.mean(masked, axis=1)).astype(jnp.float32)
     log_p = transformed(logits, state.tokens, transform)
@@ -320,14 +315,21 @@ def unmask(
   return base.SamplingAlgorithm(lambda keys, tokens: start(tokens), step)
 
 
-def sample(
+def finished(
   keys: base.Keys, algorithm: base.SamplingAlgorithm, tokens: jax.Array, *, mask: int
-) -> jax.Array:
-  """The sequences [B, L] when nothing is masked any more; call it inside jit.
+) -> Any:
+  """The sampler's state when nothing is masked any more; call it inside jit.
 
-  For samplers that write at least a token a step, such as `first_hitting` and `unmask`; one with a
-  grid of T steps is run by `base.run` for T.
+  For samplers that write a token in every other step at least, such as `first_hitting`, `unmask`
+  and `blocks.unmask`; one with a grid of T steps is run by `base.run` for T.
   """
   state = base.start(keys, algorithm, tokens)
   done = lambda state: ~jnp.any(state.tokens == mask, axis=1)
-  return base.run_until(keys, algorithm, state, done, tokens.shape[1]).tokens
+  return base.run_until(keys, algorithm, state, done, 2 * tokens.shape[1])
+
+
+def sample(
+  keys: base.Keys, algorithm: base.SamplingAlgorithm, tokens: jax.Array, *, mask: int
+) -> jax.Array:
+  """The sequences [B, L] when nothing is masked any more; see `finished`."""
+  return finished(keys, algorithm, tokens, mask=mask).tokens

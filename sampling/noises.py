@@ -134,7 +134,7 @@ def uniform(schedule: mask_schedules.MaskSchedule, vocab_size: int) -> Noise:
     return jnp.where(tokens == v, _any(keys, tokens, v), tokens)
 
   def forward(keys, tokens, s, t):
-    keep_keys, token_keys = masked.split(keys)
+    keep_keys, token_keys = base.split(keys)
     return jnp.where(_kept(schedule, keep_keys, tokens, s, t), tokens, _any(token_keys, tokens, v))
 
   return Noise(schedule, v, v, prior, scores, rates, posterior, lambda law, p: law, forward)

@@ -34,7 +34,7 @@ class Moment(NamedTuple):
   kept: jax.Array  # [B, L] bool, tokens that may be masked again
 
 
-# moment -> sigma [B, 1] or [B, L], from 0 to `most`(moment)
+# moment -> sigma from 0 to `most`(moment): [B, 1], or [B, L] with what is not `kept` at 0
 Remask = Callable[[Moment], jax.Array]
 
 
@@ -110,8 +110,8 @@ def remasking(
 
   A masked token is unmasked with probability (alpha_s - (1 - sigma) alpha_t) / (1 - alpha_t). With
   one sigma for all positions the share of masks at s is the schedule's, 1 - alpha_s, whatever sigma
-  is, and so are the training marginals: errors of early steps can be mended later. Positions whose
-  sigma is their own (`confident`) are unmasked as at sigma = 0.
+  is, and so are the training marginals: errors of early steps can be mended later. A sigma of each
+  position (`confident`) is 0 where it is masked.
 
   Args:
     predict: (tokens, t [B]) -> logits.
@@ -127,7 +127,7 @@ def remasking(
   num_steps = times.shape[0] - 1
 
   def step(keys, state):
-    choose_keys, token_keys = masked.split(keys)
+    choose_keys, token_keys = base.split(keys)
     active = state.step < num_steps
     t = times[jnp.minimum(state.step, num_steps)]
     s = times[jnp.minimum(state.step + 1, num_steps)]
@@ -135,9 +135,8 @@ def remasking(
     alpha_t, alpha_s = schedule.alpha(t)[:, None], schedule.alpha(s)[:, None]
     kept = state.free & ~is_masked
     sigma = remask(Moment(alpha_t, alpha_s, state.confidence, kept))
-    shared = sigma if sigma.shape[1] == 1 else jnp.zeros_like(alpha_t)
     noise = 1 - alpha_t
-    leave = (alpha_s - (1 - shared) * alpha_t) / jnp.where(noise > 0, noise, 1)
+    leave = (alpha_s - (1 - sigma) * alpha_t) / jnp.where(noise > 0, noise, 1)
     prob = jnp.where(is_masked, jnp.clip(leave, 0, 1), sigma)
     changes = masked.coins(choose_keys, prob, (is_masked | kept) & active[:, None])
     tokens = jnp.where(changes & ~is_masked, mask, state.tokens)
@@ -183,7 +182,7 @@ def corrected(
     return start(state.tokens, mask)
 
   def step(keys, state):
-    first, *others = masked.split(keys, num + 1)
+    first, *others = base.split(keys, num + 1)
     inner = masked.State(*state[:3])
     now, info = algorithm.step(first, inner)
     moved = now.step > state.step
@@ -208,7 +207,7 @@ def gibbs(
   """
 
   def correct(keys, state):
-    place_keys, token_keys = masked.split(keys)
+    place_keys, token_keys = base.split(keys)
     kept = state.free & (state.tokens != mask)
     some = jnp.any(kept, axis=1)
     scores = jnp.where(kept | ~some[:, None], 0.0, -jnp.inf)
@@ -252,7 +251,7 @@ def forward_backward(
   times = jnp.asarray(times, jnp.float32)
 
   def correct(keys, state):
-    mask_keys, choose_keys, token_keys = masked.split(keys, 3)
+    mask_keys, choose_keys, token_keys = base.split(keys, 3)
     s = times[jnp.minimum(state.step, times.shape[0] - 1)]
     noisier = jnp.minimum(s + back, 1)
     alpha = schedule.alpha(s)

@@ -132,7 +132,7 @@ def speculative(
     )
 
   def step(keys, state):
-    draft_keys, verify_keys = jax.vmap(lambda key: tuple(jax.random.split(key)))(keys)
+    draft_keys, verify_keys = base.split(keys)
     context = logits_lib.Context(state.tokens, state.length, state.prompt_length)
     drafts, draft_state = drafter.draft(draft_keys, context, state.draft, ~state.done)
     drafted = jnp.any(drafts.logits > -jnp.inf, axis=2) & ~state.done[:, None]

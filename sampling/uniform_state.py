@@ -64,7 +64,7 @@ def gillespie(
   time_of, posterior = noise.schedule.time, jumps.posterior_law(noise)
 
   def init(keys, tokens):
-    prior_keys, token_keys = masked.split(keys)
+    prior_keys, token_keys = base.split(keys)
     begun = jumps.start(prior_keys, noise, tokens)
     ones = jnp.ones(tokens.shape[:1])
     p = _probs(predict, begun.tokens, ones)
@@ -74,7 +74,7 @@ def gillespie(
     return EventState(begun.step, tokens, begun.calls + 1, begun.free, begin * ones)
 
   def step(keys, state):
-    wait_keys, where_keys, token_keys = masked.split(keys, 3)
+    wait_keys, where_keys, token_keys = base.split(keys, 3)
     wait = jax.vmap(jax.random.exponential)(wait_keys) / jnp.sum(state.free, axis=1)
     level = state.level + wait
     done, ends = state.level == jnp.inf, level >= end
@@ -114,7 +114,7 @@ def gibbs(predict: models.Predictor, noise: noises.Noise) -> jumps.Corrector:
   _require_uniform(noise)
 
   def correct(keys, state, t):
-    where_keys, token_keys = masked.split(keys)
+    where_keys, token_keys = base.split(keys)
     law = gibbs_law(noise, _probs(predict, state.tokens, t), state.tokens, t)
     drawn = masked.draw_each(token_keys, jnp.log(law))
     tokens = jnp.where(one_of(where_keys, state.free), drawn, state.tokens)
@@ -156,7 +156,7 @@ def forward_backward(
     raise ValueError(f"ahead={ahead}: it has to be above 0, a time that noise goes forward.")
 
   def correct(keys, state, t):
-    forward_keys, token_keys = masked.split(keys)
+    forward_keys, token_keys = base.split(keys)
     later = jnp.minimum(t + ahead, 1)
     noised = jnp.where(
       state.free, noise.forward(forward_keys, state.tokens, t, later), state.tokens

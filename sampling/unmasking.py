@@ -124,7 +124,8 @@ def threshold(score: Score, least: float | jax.Array) -> Rule:
 
   def rule(key, view):
     scores = score(key, view)
-    return (scores >= least) | (_rank(scores, view.masked) < 1)
+    best = jnp.argmax(jnp.where(view.masked, scores, -jnp.inf))
+    return (scores >= least) | (jnp.arange(scores.size) == best)
 
   return rule
 

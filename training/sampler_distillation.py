@@ -261,20 +261,22 @@ def _paths(key, noise, setting):
 def _scores(keys, tokens, predict, noise, law, times, coefficients=None):
   """The scores along paths from tokens, [K, B, L, M], as constants."""
   sampler = jumps.factorised(predict, noise, law, times, coefficients=coefficients)
-  none = jnp.zeros(tokens.shape[:1], jnp.int32)
-  state = jumps.State(none, tokens, none, jnp.ones(tokens.shape, bool))
-  num_steps = times.shape[0] - 1
-  seen = base.run(keys, sampler, state, num_steps, lambda state, info: info.scores)[1]
-  return jax.lax.stop_gradient(seen)
+  return _observed(keys, tokens, sampler, times, lambda state, info: info.scores)
 
 
 def _path(keys, tokens, predict, noise, law, times):
   """The states of a path from tokens, [K + 1, B, L], as constants."""
   sampler = jumps.factorised(predict, noise, law, times)
+  seen = _observed(keys, tokens, sampler, times, lambda state, info: state.tokens)
+  return jnp.concatenate([tokens[None], seen])
+
+
+def _observed(keys, tokens, sampler, times, observe):
+  """What `observe` sees of each step from tokens [B, L], none of them given; constants."""
   none = jnp.zeros(tokens.shape[:1], jnp.int32)
   state = jumps.State(none, tokens, none, jnp.ones(tokens.shape, bool))
-  seen = base.run(keys, sampler, state, times.shape[0] - 1, lambda state, info: state.tokens)[1]
-  return jax.lax.stop_gradient(jnp.concatenate([tokens[None], seen]))
+  seen = base.run(keys, sampler, state, times.shape[0] - 1, observe)[1]
+  return jax.lax.stop_gradient(seen)
 
 
 def _descended(key: jax.Array, loss: Callable, start: jax.Array, setting: Setting) -> jax.Array:

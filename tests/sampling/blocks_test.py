@@ -107,7 +107,7 @@ def test_rows_go_at_their_own_pace():
   @jax.jit
   def alone(params, keys, tokens):
     algorithm = in_blocks(2)(params)
-    return blocks.sample(keys, algorithm, tokens, mask=V)
+    return masked.sample(keys, algorithm, tokens, mask=V)
 
   for b in range(3):
     out = alone(target()[1], targets.keys_of(np.array([b])), early[b : b + 1])

@@ -90,16 +90,20 @@ def test_what_is_given_is_never_masked():
 
 
 def test_no_more_is_masked_than_the_next_time_allows():
-  moment = lambda t, s: remasking.Moment(
-    jnp.array([[t]]), jnp.array([[s]]), jnp.ones((1, L)), jnp.ones((1, L), bool)
-  )
-  for alpha_t, alpha_s in ((0.0, 0.1), (0.2, 0.4), (0.5, 0.5), (0.8, 1.0)):
-    sigma = float(remasking.most(moment(alpha_t, alpha_s))[0, 0])
-    assert 0 <= sigma <= 1
-    assert alpha_s - (1 - sigma) * alpha_t <= 1 - alpha_t + 1e-6  # the unmasking probability
-    assert float(remasking.cap(0.1)(moment(alpha_t, alpha_s))[0, 0]) == min(np.float32(0.1), sigma)
-    half = float(remasking.rescale(0.5)(moment(alpha_t, alpha_s))[0, 0])
-    np.testing.assert_allclose(half, sigma / 2)
+  """By hand: (alpha_t, alpha_s, most)."""
+  for alpha_t, alpha_s, most in (
+    (0.0, 0.1, 1.0),
+    (0.8, 0.9, 0.125),
+    (0.5, 0.5, 1.0),
+    (0.8, 1.0, 0),
+  ):
+    moment = remasking.Moment(
+      jnp.array([[alpha_t]]), jnp.array([[alpha_s]]), jnp.ones((1, L)), jnp.ones((1, L), bool)
+    )
+    sigma = lambda remask, moment=moment: float(remask(moment)[0, 0])
+    np.testing.assert_allclose(sigma(remasking.most), most, atol=1e-6)
+    np.testing.assert_allclose(sigma(remasking.rescale(0.5)), most / 2, atol=1e-6)
+    np.testing.assert_allclose(sigma(remasking.cap(0.1)), 0.1 if most else 0, atol=1e-6)
 
 
 def test_confidence_takes_back_what_was_unlikely():
@@ -110,8 +114,8 @@ def test_confidence_takes_back_what_was_unlikely():
     jnp.array([[True, True, False]]),
   )
   sigma = np.asarray(remasking.confident(remasking.cap(0.3))(moment))[0]
-  weights = np.exp([-0.9, -0.1])
-  np.testing.assert_allclose(sigma, [*(0.3 * weights / weights.sum()), 0], rtol=1e-6)
+  # 1 / (1 + e^.8) and 1 / (1 + e^-.8) of .3, and nothing of what is masked
+  np.testing.assert_allclose(sigma, [0.0930077, 0.2069923, 0], rtol=1e-5)
   # A row of the sampler remembers the probability that each token was written with.
   state, _ = run_remasking(remasking.confident(remasking.cap(0.3)), np.linspace(1, 0, 5))
   assert np.all((np.asarray(state.confidence) > 0) & (np.asarray(state.confidence) <= 1 + 1e-6))

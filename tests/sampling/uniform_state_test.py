@@ -8,7 +8,7 @@ import pytest
 import targets
 from ancestral.evaluation import exact_laws
 from ancestral.models import mask_schedules, toy_discrete
-from ancestral.sampling import base, jumps, masked, noises, uniform_state
+from ancestral.sampling import base, jumps, noises, uniform_state
 
 pytestmark = pytest.mark.usefixtures("compiles_quickly")
 
@@ -122,7 +122,7 @@ def test_gibbs_after_every_step_brings_ancestral_nearer():
   gibbs = uniform_state.gibbs(predict, NOISE)
 
   def several(keys, state, t):
-    for each in masked.split(keys, 8):
+    for each in base.split(keys, 8):
       state = gibbs(each, state, t)
     return state
 
