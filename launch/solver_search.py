@@ -32,12 +32,12 @@ _METHOD = absl_flags.DEFINE_list(
 )
 _TRAJECTORIES = absl_flags.DEFINE_integer("trajectories", 128, "To fit to.", lower_bound=2)
 _REFERENCE = absl_flags.DEFINE_integer("reference", 200, "Evaluations of one.", lower_bound=20)
-_STEPS = absl_flags.DEFINE_integer(
-  "steps", 20, "Of a fit, or generations of a search.", lower_bound=1
+_FIT_STEPS = absl_flags.DEFINE_integer(
+  "fit_steps", 20, "Of a fit, or generations of a search.", lower_bound=1
 )
 _TABLES = absl_flags.DEFINE_string("tables", None, "Folder for the tables; the workdir if unset.")
 READS = (flags.WORKDIR, flags.STEP, flags.AVERAGE_STD, flags.LAST, flags.BEST)
-READS += (_NFE, _METHOD, _TRAJECTORIES, _REFERENCE, _STEPS, _TABLES)
+READS += (_NFE, _METHOD, _TRAJECTORIES, _REFERENCE, _FIT_STEPS, _TABLES)
 READS += (draws.SEED, solving.GUIDANCE)
 
 _FINE = 40  # times that searches choose from
@@ -193,7 +193,7 @@ def _prepare(wanted) -> tuple[Search, solver_learning.Teacher]:
   start, end = solving.span(experiment.noising, config)
   times = grids.to_zero(grids.karras(experiment.noising, _FINE, start=start, end=end))
   rng = np.random.default_rng(seed)
-  return Search(experiment.noising, config, fitted, times, rng, _STEPS.value), held_out
+  return Search(experiment.noising, config, fitted, times, rng, _FIT_STEPS.value), held_out
 
 
 def main(_: Sequence[str]) -> None:

@@ -1,6 +1,7 @@
 """The house keeps its shape: imports, names, sizes, and the strictness of this test suite."""
 
 import ast
+import importlib
 import pathlib
 import warnings
 
@@ -120,6 +121,11 @@ def test_files_are_short_and_named_for_what_they_hold():
   assert not long
   vague = [path for path in every if {*path.relative_to(ROOT).with_suffix("").parts} & FORBIDDEN]
   assert not vague
+
+
+def test_binaries_define_each_flag_once():
+  for path in files("launch"):  # in one process, where absl refuses a name that is taken
+    importlib.import_module(f"ancestral.launch.{path.stem}")
 
 
 def test_rank_promotion_raises():

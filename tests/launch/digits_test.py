@@ -165,7 +165,7 @@ def test_a_table_in_a_file_is_a_solver(command, run, tmp_path):
 
 @pytest.mark.parametrize("method", solver_search.METHODS)
 def test_searched_solvers_are_files_that_sample_reads(command, run, tmp_path, method):
-  flags = [f"--method={method}", "--trajectories=4", "--reference=20", "--steps=1", "--nfe=3"]
+  flags = [f"--method={method}", "--trajectories=4", "--reference=20", "--fit_steps=1", "--nfe=3"]
   outcome = command(solver_search, f"--workdir={run}", f"--tables={tmp_path}", *flags)
   assert outcome.status == 0, outcome.err
   path = tmp_path / f"solver_{method}_3.json"
