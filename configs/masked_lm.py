@@ -108,6 +108,7 @@ def get_config(variant: str = "text") -> ml_collections.ConfigDict:
       "masking": "count",  # how many are masked is drawn; or time, and each with its probability
       "schedule": "linear",  # or cosine, quadratic, geometric
       "block_length": _placeholder(block_length),  # one block of all
+      "unconditional": 0.0,  # share of rows whose prompt is masked too, for guidance
       "chunk": 256,
     },
     "mesh": fields.mesh(),

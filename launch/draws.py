@@ -1,10 +1,13 @@
-"""Flags that samples of every kind have: the seed of the draws, and the file they go to."""
+"""Flags that samples of several kinds have: seed, guidance, and the file they go to."""
 
 import pathlib
 
 from absl import flags
 
 SEED = flags.DEFINE_integer("seed", 0, "Of the draws.")
+GUIDANCE = flags.DEFINE_float(
+  "guidance", None, "Scale of guidance without a classifier; 1 is none. The config's if unset."
+)
 OUTPUT = flags.DEFINE_string(
   "output",
   None,

@@ -11,7 +11,7 @@ configuration's if unset; how a token is drawn, by --preset and its settings.
 
 With --output, each batch of samples is written as soon as it is filled in, one JSON object a line:
 index, prompt, text, stop_reason ("stop", an end token; "length"; "filled", of blanks), tokens,
-calls (of the network) and what it was drawn with. An interrupted
+calls (of the network, two for each with guidance) and what it was drawn with. An interrupted
 command goes on with --resume.
 """  # fmt: skip
 

@@ -118,7 +118,8 @@ def _loss(config, model, mask, schedule) -> step.LossFn:
   c = config.loss
   masking = fields.choose("loss.masking", c.masking, MASKINGS)(schedule)
   if c.block_length is None:
-    return losses.masked_diffusion(model, masking, mask=mask, chunk=c.chunk)
+    how = {"mask": mask, "chunk": c.chunk, "unconditional": c.unconditional}
+    return losses.masked_diffusion(model, masking, **how)
   return block_diffusion.block_diffusion(model, masking, c.block_length, mask=mask, chunk=c.chunk)
 
 
@@ -128,6 +129,10 @@ def _check(config: fields.Config) -> None:
   fields.choose("model.dtype", config.model.dtype, fields.DTYPES)
   trained, length = config.loss.block_length, config.data.row_length
   unmasking.check(config.evaluation.unmasking, trained)
+  share = config.loss.unconditional
+  fields.require(0 <= share < 1, f"loss.unconditional is {share}; it is from 0 to less than 1")
+  apart = "task" in config and trained is None
+  fields.require(apart or not share, "loss.unconditional is of tasks' prompts, and not in blocks")
   fields.require(length >= 1, f"data.row_length is {length}; it is at least 1")
   whole = trained is None or length % trained == 0
   fields.require(whole, f"data.row_length={length} is no multiple of loss.block_length={trained}")

@@ -38,7 +38,7 @@ _FIT_STEPS = absl_flags.DEFINE_integer(
 _TABLES = absl_flags.DEFINE_string("tables", None, "Folder for the tables; the workdir if unset.")
 READS = (flags.WORKDIR, flags.STEP, flags.AVERAGE_STD, flags.LAST, flags.BEST)
 READS += (_NFE, _METHOD, _TRAJECTORIES, _REFERENCE, _FIT_STEPS, _TABLES)
-READS += (draws.SEED, solving.GUIDANCE)
+READS += (draws.SEED, draws.GUIDANCE)
 
 _FINE = 40  # times that searches choose from
 

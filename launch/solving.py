@@ -10,7 +10,7 @@ from absl import flags
 
 from ..models import schedules
 from ..sampling import ancestral, correctors, forms, grids, multistep, singlestep, tables
-from . import fields
+from . import draws, fields
 
 
 def _steps(step: multistep.Step) -> tables.Solver:
@@ -62,10 +62,7 @@ EVALUATIONS = flags.DEFINE_integer(
   "evaluations", None, "Calls of the network, at most; the config's if unset.", lower_bound=1
 )
 GRID = flags.DEFINE_string("grid", None, f"One of {', '.join(GRIDS)}; the config's if unset.")
-GUIDANCE = flags.DEFINE_float(
-  "guidance", None, "Scale of guidance without a classifier; 1 is none. The config's if unset."
-)
-FLAGS = (SOLVER, EVALUATIONS, GRID, GUIDANCE)
+FLAGS = (SOLVER, EVALUATIONS, GRID, draws.GUIDANCE)
 
 
 def chosen(config: fields.Config) -> fields.Config:

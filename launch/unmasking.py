@@ -7,6 +7,7 @@
 --sampler=ordered --entropy_bound=.5        as many as are nearly independent
 --sampler=ordered --order=max_probability --threshold=.9    all that are likely enough
 --block=8                                   blocks of 8 from left to right, within any of these
+--guidance=2                                away from the law without the prompt, with any of these
 """
 
 import functools
@@ -20,8 +21,8 @@ from ml_collections import config_dict
 from ..models import base as models
 from ..models import mask_schedules
 from ..models import masked as masked_models
-from ..sampling import base, blocks, masked, remasking, unmasking
-from . import fields
+from ..sampling import base, blocks, masked, masked_guidance, remasking, unmasking
+from . import draws, fields
 
 SCHEDULES = {
   "linear": mask_schedules.linear,
@@ -66,6 +67,7 @@ _FLAGS = {
   ),
   "remask": flags.DEFINE_float("remask", None, "Most probability of taking a token back, a step."),
   "block": flags.DEFINE_integer("block", None, "Length of blocks.", lower_bound=1),
+  "guidance": draws.GUIDANCE,
 }
 FLAGS = tuple(_FLAGS.values())
 
@@ -78,6 +80,7 @@ DEFAULTS = {
   "steps": 64,
   "remask": 0.1,
   "block": None,
+  "guidance": 1.0,
 }
 
 
@@ -100,7 +103,7 @@ def chosen(config: fields.Config) -> fields.Config:
   given = {name: flag.value for name, flag in _FLAGS.items() if flag.value is not None}
   with made.unlocked():
     made.update(given)
-  for name in given.keys() - {"sampler", *SAMPLERS[made.sampler]}:
+  for name in given.keys() - {"sampler", "guidance", *SAMPLERS[made.sampler]}:
     readers = " or ".join(sampler for sampler, reads in SAMPLERS.items() if name in reads)
     raise ValueError(f"--{name} means nothing to the sampler {made.sampler}: --sampler={readers}.")
   for name, other in (
@@ -135,6 +138,7 @@ def check(c: fields.Config, trained_block: int | None = None) -> None:
   for name in ("per_step", "steps", "block"):
     least = c[name] is None or c[name] >= 1
     fields.require(least, f"{where}.{name} is {c[name]}; it is at least 1")
+  fields.require(c.guidance >= 0, f"{where}.guidance is {c.guidance}; it is at least 0")
   fields.require(0 <= c.remask <= 1, f"{where}.remask is {c.remask}; it is from 0 to 1")
   gridded = c.sampler in GRIDDED
   if trained_block is not None:
@@ -143,6 +147,8 @@ def check(c: fields.Config, trained_block: int | None = None) -> None:
       f"loss.block_length is {trained_block}: {where}.block has to be that too, and the sampler "
       "first_hitting or ordered",
     )
+    unguided = f"loss.block_length is {trained_block}: {where}.guidance is not for models of blocks"
+    fields.require(c.guidance == 1, unguided)
   fields.require(
     not (gridded and c.block), f"{where}.sampler={c.sampler!r} has no blocks; leave block unset"
   )
@@ -175,13 +181,18 @@ def filler(
     schedule: of the reverse process.
     mask: V.
     blockwise: whether the model was trained in blocks: then these are cached.
+
+  With guidance the law is led away from that of the same sequence with all that is given masked.
   """
 
-  def algorithm(params, transform):
+  def algorithm(params, transform, given):
     how = {"mask": mask, "transform": transform}
     if blockwise:
       return blocks.unmask(model, params, _rule(c), c.block, **how)
     predict = masked_models.predictor(model, params)
+    if c.guidance != 1:
+      without = masked_guidance.without_prompt(predict, given, mask=mask)
+      predict = masked_guidance.classifier_free(predict, without, c.guidance)
     times = jnp.linspace(1, 0, c.steps + 1)
     if c.sampler == "ancestral":
       return masked.ancestral(predict, schedule, times, **how)
@@ -194,9 +205,11 @@ def filler(
     return masked.unmask(predict, _rule(c), **how)
 
   def fill(params, transform, keys, tokens):
-    made = algorithm(params, transform)
+    made = algorithm(params, transform, tokens != mask)
     if c.sampler in GRIDDED:
-      return base.run(keys, made, base.start(keys, made, tokens), c.steps)[0]
-    return masked.finished(keys, made, tokens, mask=mask)
+      state = base.run(keys, made, base.start(keys, made, tokens), c.steps)[0]
+    else:
+      state = masked.finished(keys, made, tokens, mask=mask)
+    return state if c.guidance == 1 else state._replace(calls=2 * state.calls)
 
   return fill

@@ -130,7 +130,12 @@ def _coins(key, prob, learned):
 
 
 def masked_diffusion(
-  model: models.LanguageModel, masking: Masking, *, mask: int, chunk: int = 256
+  model: models.LanguageModel,
+  masking: Masking,
+  *,
+  mask: int,
+  chunk: int = 256,
+  unconditional: float = 0.0,
 ) -> step.LossFn:
   """The bound of a bidirectional model of V + 1 tokens, in nats; a row's weight is its N.
 
@@ -143,6 +148,8 @@ def masked_diffusion(
     masking: what is masked, and the weight.
     mask: V.
     chunk: positions read out at once.
+    unconditional: share of rows in which what is kept is masked too, without loss: there the model
+      learns the law that `masked_guidance.without_prompt` asks for.
 
   Raises:
     ValueError: the model has not V + 1 tokens.
@@ -153,8 +160,13 @@ def masked_diffusion(
   def loss(key, params, batch):
     masking_key, model_key = keys_of(key, batch["tokens"])
     tokens, learned = batch["tokens"], batch["mask"] != 0
+    dropped = False
+    if unconditional:
+      masking_key, row_key = jax.random.split(masking_key)
+      rows = jax.random.bernoulli(row_key, unconditional, tokens.shape[:1])
+      dropped = rows[:, None] & ~learned
     masked, _, weight = masking(masking_key, learned)
-    noisy = {**batch, "tokens": jnp.where(masked, mask, tokens)}
+    noisy = {**batch, "tokens": jnp.where(masked | dropped, mask, tokens)}
     hidden = likelihood.hidden_states(model, params, noisy, model_key)
     losses, right = likelihood.chunked_cross_entropy(
       readout(model, params, mask), hidden, tokens, weight[:, None] * masked, chunk=chunk

@@ -3,6 +3,8 @@
 import json
 import shutil
 
+import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 
@@ -20,6 +22,7 @@ from ancestral.launch import (
   unmasking,
 )
 from ancestral.models import flat_safetensors
+from ancestral.sampling import base, logits
 from ancestral.tasks import base as tasks
 from ancestral.training import metrics
 
@@ -108,6 +111,7 @@ SAMPLERS = [
   ["--sampler=ordered", "--per_step=3", "--block=4"],
   ["--sampler=ancestral", "--steps=4"],
   ["--sampler=remasking", "--steps=4", "--remask=0.2"],
+  ["--sampler=ordered", "--order=margin", "--guidance=2"],
 ]
 
 
@@ -240,6 +244,8 @@ BAD_FIELDS = {
   "evaluation.temperature=-1.0": "config.evaluation.temperature is -1.0; it is at least 0.",
   "evaluation.unmasking.threshold=0.5": "order has to be one of max_probability, margin",
   "evaluation.unmasking.entropy_bound=-1.0": "entropy_bound is -1.0; it is at least 0.",
+  "evaluation.unmasking.guidance=-1.0": "guidance is -1.0; it is at least 0.",
+  "loss.unconditional=1.0": "config.loss.unconditional is 1.0; it is from 0 to less than 1.",
 }
 
 
@@ -284,6 +290,7 @@ BAD_RUNS = {
   ("blocks", "--prompt=the --length=20"): "blocks of 16 tokens, and 20 are not whole blocks",
   ("blocks", "--prompt=the --block=4"): "config.loss.block_length is 16",
   ("blocks", "--prompt=the --sampler=ancestral"): "sampler first_hitting or ordered",
+  ("blocks", "--prompt=the --guidance=2"): "guidance is not for models of blocks",
   ("arithmetic", "--prompt=12+30="): "has no blank (_) to be filled in",
   ("arithmetic", "--prompt=1_+3=4 --length=9"): "--length is of continuations",
   ("sudoku4", "--prompt=1.3..41..14...2.= --length=50"): "longer than the model's 35",
@@ -314,6 +321,26 @@ def test_a_row_of_one_long_block_is_sampled_while_training(command, of_variant, 
   arguments = of_variant("blocks", **changes, train__batch_size=2)
   arguments += ["--config.data.row_length=160", "--config.train.num_steps=1"]
   assert command(train, f"--workdir={tmp_path / 'run'}", *arguments).status == 0
+
+
+def test_guidance_of_0_does_not_see_the_prompt_and_that_of_1_is_none():
+  built = experiment.build(masked_lm.get_config("sudoku4"))
+  params = masked.finished(built.init_params(jax.random.key(0)))
+  params = jax.tree.map(lambda leaf: 3 * leaf, params)  # so that what is given matters
+  keys = base.row_keys(jax.random.key(1), jnp.arange(2))
+  given = np.full((2, 35), built.mask)
+  given[:, :18] = np.random.default_rng(0).integers(0, built.mask, (2, 18))
+  other = np.where(np.arange(35) < 18, 1, given)
+
+  def written(guidance, tokens):
+    c = fields.Config({**unmasking.section(), "guidance": guidance})
+    filled = masked.filler(built, logits.temperature, c)(params, 1.0, keys, jnp.asarray(tokens))
+    assert np.all(filled.calls == (17 if guidance == 1 else 34))
+    return np.asarray(filled.tokens)
+
+  np.testing.assert_array_equal(written(0.0, given)[:, 18:], written(0.0, other)[:, 18:])
+  assert np.any(written(1.0, given)[:, 18:] != written(1.0, other)[:, 18:])
+  np.testing.assert_array_equal(written(1.0, given), written(1.0 + 1e-6, given))
 
 
 def test_a_right_filling_is_judged_right():

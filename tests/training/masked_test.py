@@ -201,6 +201,18 @@ def test_a_prompt_is_never_masked_and_has_no_loss(name):
   )  # no other first token was seen, nor a mask
 
 
+@pytest.mark.parametrize("share", [0.25, 1.0])
+def test_a_share_of_rows_learns_without_the_prompt(share):
+  masking = masked.by_count(quantiles=weightings.independent)
+  loss_fn = masked.masked_diffusion(cases.MODEL, masking, mask=V, unconditional=share)
+  losses, _ = jax.jit(loss_fn)(jax.random.key(6), cases.TABLE, cases.batch(20_000, cases.PART))[0]
+  pattern = np.arange(len(cases.TABLE))
+  blind = cases.TABLE[pattern - pattern % (V + 1) + V]  # takes the first token for masked
+  seeing, not_seeing = (float(cases.enumerated(t, cases.PART)) for t in (cases.TABLE, blind))
+  assert abs(seeing - not_seeing) > 0.1
+  cases.near(losses, (1 - share) * seeing + share * not_seeing)
+
+
 @pytest.mark.parametrize("name", ["linear", "count"])
 def test_a_row_with_nothing_to_learn_is_nothing(name):
   model, params = targets.tiny_target(vocab_size=V + 1, causal=False, num_layers=1)
