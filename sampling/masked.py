@@ -181,13 +181,10 @@ def ancestral(
     2024 (MD4), arXiv 2406.04329, section 3.3.
   """
   times = grid(times)
-  num_steps = times.shape[0] - 1
 
   def step(keys, state):
     choose_keys, token_keys = base.split(keys)
-    active = state.step < num_steps
-    t = times[jnp.minimum(state.step, num_steps)]
-    s = times[jnp.minimum(state.step + 1, num_steps)]
+    active, t, s = interval(times, state.step)
     prob = mask_schedules.unmask_prob(schedule, t, s)
     leaves = coins(choose_keys, prob, (state.tokens == mask) & active[:, None])
     log_p = lambda: laws(predict, state.tokens, t, transform)
@@ -203,6 +200,16 @@ def grid(times: jax.Array) -> jax.Array:
     if known.ndim != 1 or known.size < 2 or np.any(np.diff(known) > 0) or known[-1] != 0:
       raise ValueError("Times of masked sampling go from 1 to 0 and do not rise.")
   return jnp.asarray(times, jnp.float32)
+
+
+def interval(times: jax.Array, step: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array]:
+  """Whether times [T + 1] have a step of number `step` [B], and the times t >= s it lies between.
+
+  Returns:
+    [B] bool, and t and s [B], both the last time where there is no step.
+  """
+  last = times.shape[0] - 1
+  return step < last, times[jnp.minimum(step, last)], times[jnp.minimum(step + 1, last)]
 
 
 def written_if_any(

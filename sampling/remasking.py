@@ -124,13 +124,10 @@ def remasking(
   Reference: Wang et al. 2025 (ReMDM), arXiv 2503.00307, eq. 5 and 6.
   """
   times = masked.grid(times)
-  num_steps = times.shape[0] - 1
 
   def step(keys, state):
     choose_keys, token_keys = base.split(keys)
-    active = state.step < num_steps
-    t = times[jnp.minimum(state.step, num_steps)]
-    s = times[jnp.minimum(state.step + 1, num_steps)]
+    active, t, s = masked.interval(times, state.step)
     is_masked = state.tokens == mask
     alpha_t, alpha_s = schedule.alpha(t)[:, None], schedule.alpha(s)[:, None]
     kept = state.free & ~is_masked

@@ -2,19 +2,13 @@
 
 import jax
 import jax.numpy as jnp
+import masked_cases
 import numpy as np
 import pytest
 
 from ancestral.models import mask_schedules
 
-SCHEDULES = {
-  "linear": mask_schedules.linear(),
-  "square": mask_schedules.polynomial(2.0),
-  "root": mask_schedules.polynomial(0.5),
-  "cosine": mask_schedules.cosine(),
-  "geometric": mask_schedules.geometric(),
-  "narrow": mask_schedules.geometric(0.1, 5.0),
-}
+SCHEDULES = {**masked_cases.SCHEDULES, "narrow": mask_schedules.geometric(0.1, 5.0)}
 TIMES = np.linspace(0.02, 0.98, 49)
 
 
