@@ -43,9 +43,10 @@ def every_step(predict, times, *, mask: int) -> base.SamplingAlgorithm:
     t, s = times[state.step], times[state.step + 1]
     prob = mask_schedules.unmask_prob(LINEAR, t, s)
     leaves = masked.coins(choose_keys, prob, state.tokens == mask)
-    log_p = masked.laws(predict, state.tokens, t)
+    logits = predict(state.tokens, t)
+    log_p = masked.transformed(logits, state.tokens, masked.NO_TRANSFORM)
     token = masked.draw_each(token_keys, log_p)
-    return masked.written(state, leaves, token, log_p, state.step >= 0)
+    return masked.written(state, leaves, token, log_p, logits, state.step >= 0)
 
   return base.SamplingAlgorithm(lambda keys, tokens: masked.start(tokens), step)
 

@@ -61,8 +61,13 @@ def cosine() -> MaskSchedule:
     2202.04200, section 3.2.
   """
   quarter = jnp.pi / 2
+
+  def alpha(t):  # 1 - sin x = 2 sin^2((pi / 2 - x) / 2), which does not cancel at 1
+    t = jnp.asarray(t)
+    return jnp.where(t < 0.5, 1 - jnp.sin(quarter * t), 2 * jnp.sin(quarter * (1 - t) / 2) ** 2)
+
   return MaskSchedule(
-    alpha=lambda t: 1 - jnp.sin(quarter * jnp.asarray(t)),
+    alpha=alpha,
     rate=lambda t: jnp.maximum(quarter / jnp.tan(quarter * jnp.asarray(t)), 0),
     time=lambda alpha: jnp.arcsin(1 - jnp.asarray(alpha)) / quarter,
   )
@@ -92,7 +97,7 @@ def geometric(least: float = 1e-5, most: float = 20.0) -> MaskSchedule:
     return jnp.minimum(jnp.log1p(above_least / least) / log_ratio, 1)
 
   return MaskSchedule(
-    alpha=lambda t: 1 + jnp.expm1(-above(t)) / total,
+    alpha=lambda t: jnp.maximum(1 + jnp.expm1(-above(t)) / total, 0),
     rate=lambda t: log_ratio * (above(t) + least) / jnp.expm1(above(t)),
     time=time,
   )

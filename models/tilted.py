@@ -5,13 +5,12 @@ it, p(x_s | x_t) exp(v(x_s) - v(x_t)) are the transitions of the tilted law. A r
 temperature alpha is w = r / alpha, and its soft value alpha v.
 """
 
-import itertools
 from collections.abc import Callable
 
 import jax
 import jax.numpy as jnp
 
-from . import precondition, schedules, toy
+from . import precondition, schedules, toy, toy_discrete
 
 
 def joint_soft_value(joint: jax.Array, log_weight: jax.Array) -> Callable[[jax.Array], jax.Array]:
@@ -22,7 +21,7 @@ def joint_soft_value(joint: jax.Array, log_weight: jax.Array) -> Callable[[jax.A
     log_weight: w [V] * L; may be -inf.
   """
   vocab_size = joint.shape[0]
-  outcomes = jnp.array(list(itertools.product(range(vocab_size), repeat=joint.ndim)))  # [V^L, L]
+  outcomes = jnp.asarray(toy_discrete.sequences(vocab_size, joint.ndim))
   log_joint, log_weight = jnp.log(joint.reshape(-1)), log_weight.reshape(-1)
 
   def value(tokens):

@@ -87,14 +87,13 @@ def unmask(
     logits, cache = _read(model, params, state, block)
     log_p = masked.transformed(logits, block, transform)
     token = masked.draw_each(token_keys, log_p)
-    view = masked.View(jax.nn.log_softmax(logits), token, is_masked, state.step)
+    view = masked.View(jax.nn.log_softmax(logits.astype(jnp.float32)), token, is_masked, state.step)
     chosen = jax.vmap(rule)(rule_keys, view) & is_masked
     block = jnp.where(chosen, token, block)
     place = jax.vmap(lambda row, block, at: jax.lax.dynamic_update_slice_in_dim(row, block, at, 0))
-    own = jnp.take_along_axis(log_p, token[..., None], axis=-1)[..., 0]
-    info = masked.Info(
-      place(jnp.zeros(state.tokens.shape, bool), chosen, state.length),
-      place(jnp.zeros(state.tokens.shape), jnp.where(chosen, own, 0), state.length),
+    info = jax.tree.map(
+      lambda leaf: place(jnp.zeros(state.tokens.shape, leaf.dtype), leaf, state.length),
+      masked.info_of(chosen, token, log_p, logits),
     )
     length = state.length + block_length * finished
     state = State(

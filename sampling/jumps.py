@@ -150,8 +150,11 @@ def factorised(
     law: how a position moves.
     times: [K + 1], falling, from 1 to 0 or near it; may be traced.
     coefficients: [K], what each step scales the scores by; 1 if None.
+
+  Raises:
+    ValueError: times rise.
   """
-  times = jnp.asarray(times, jnp.float32)
+  times = masked.falling(times)
   num_steps = times.shape[0] - 1
   scales = jnp.ones(num_steps) if coefficients is None else jnp.asarray(coefficients, jnp.float32)
 

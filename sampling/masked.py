@@ -40,12 +40,11 @@ class State(NamedTuple):
 
 
 class Info(NamedTuple):
-  """What a step wrote."""
+  """What a step wrote; log-probabilities are 0 where nothing was written."""
 
   written: jax.Array  # [B, L] bool
-  log_prob: (
-    jax.Array
-  )  # [B, L], of the tokens written, under the law that they were drawn from; or 0
+  log_prob: jax.Array  # [B, L], under the law that the token was drawn from
+  model_log_prob: jax.Array  # [B, L], under the predictor's own law
 
 
 class View(NamedTuple):
@@ -67,33 +66,18 @@ def start(tokens: jax.Array) -> State:
   return State(zeros, tokens.astype(jnp.int32), zeros)
 
 
-def laws(
-  predict: models.Predictor,
-  tokens: jax.Array,
-  t: jax.Array,
-  transform: logits_lib.LogitsTransform = NO_TRANSFORM,
+def logits_at(
+  predict: models.Predictor, tokens: jax.Array, t: jax.Array, place: jax.Array
 ) -> jax.Array:
-  """log p [B, L, V] of the token at each position, transformed; see `transformed`."""
-  return transformed(predict(tokens, t), tokens, transform)
-
-
-def law_at(
-  predict: models.Predictor,
-  tokens: jax.Array,
-  t: jax.Array,
-  place: jax.Array,
-  transform: logits_lib.LogitsTransform = NO_TRANSFORM,
-) -> jax.Array:
-  """log p [B, V] of the token at position place [B] of each row, transformed."""
-  logits = jnp.take_along_axis(predict(tokens, t), place[:, None, None], axis=1)
-  return transformed(logits, tokens, transform)[:, 0]
+  """Logits [B, 1, V] of the token at position place [B] of each row."""
+  return jnp.take_along_axis(predict(tokens, t), place[:, None, None], axis=1)
 
 
 def transformed(
   logits: jax.Array, tokens: jax.Array, transform: logits_lib.LogitsTransform
 ) -> jax.Array:
   """log p [B, L, V] of logits [B, L, V], transformed position by position: `check_transform`."""
-  check_transform(transform, logits.shape[-1])
+  check_transform(transform, logits.shape[-1], logits.shape[0])
   apply = lambda logits: transform.apply(logits, _context(tokens), ())
   logits = jax.vmap(apply, in_axes=1, out_axes=1)(logits.astype(jnp.float32))
   return jax.nn.log_softmax(logits, axis=-1)
@@ -104,8 +88,15 @@ def _context(tokens):
   return logits_lib.Context(tokens, length, jnp.zeros_like(length))
 
 
-def check_transform(transform: logits_lib.LogitsTransform, vocab_size: int) -> None:
+def check_transform(
+  transform: logits_lib.LogitsTransform, vocab_size: int, batch_size: int = 1
+) -> None:
   """Refuses a transform that looks at more than the logits: tokens are written in no order here.
+
+  Args:
+    transform: its parameters scalar or [B].
+    vocab_size: V.
+    batch_size: B.
 
   Raises:
     ValueError: it feeds back from token to token, or reads what has been written.
@@ -113,8 +104,8 @@ def check_transform(transform: logits_lib.LogitsTransform, vocab_size: int) -> N
   if jax.tree.leaves(transform.init(1)):
     raise ValueError("Masked sampling has no order of tokens for a transform to feed back along.")
   apply = lambda context, logits: transform.apply(logits, context, ())
-  context = _context(jnp.zeros((1, 1), jnp.int32))
-  traced = jax.make_jaxpr(apply)(context, jnp.zeros((1, vocab_size))).jaxpr
+  context = _context(jnp.zeros((batch_size, 1), jnp.int32))
+  traced = jax.make_jaxpr(apply)(context, jnp.zeros((batch_size, vocab_size))).jaxpr
   read = {id(var) for equation in traced.eqns for var in equation.invars}
   if any(id(var) in read for var in traced.invars[: len(context)]):
     raise ValueError(
@@ -135,21 +126,34 @@ def draw_each(keys: base.Keys, log_p: jax.Array) -> jax.Array:
   return flat.reshape(log_p.shape[:2])
 
 
+def info_of(chosen: jax.Array, token: jax.Array, log_p: jax.Array, logits: jax.Array) -> Info:
+  """Of tokens [B, L] at the positions chosen [B, L], drawn from log_p [B, L, V], made of logits."""
+
+  def own(laws):
+    return jnp.where(chosen, jnp.take_along_axis(laws, token[..., None], axis=-1)[..., 0], 0)
+
+  return Info(chosen, own(log_p), own(jax.nn.log_softmax(logits.astype(jnp.float32), axis=-1)))
+
+
 def written(
-  state: State, chosen: jax.Array, token: jax.Array, log_p: jax.Array, active: jax.Array
+  state: State,
+  chosen: jax.Array,
+  token: jax.Array,
+  log_p: jax.Array,
+  logits: jax.Array,
+  active: jax.Array,
 ) -> tuple[State, Info]:
-  """The state and info after writing token [B, L] at the positions chosen [B, L].
+  """The state and info after writing token [B, L] at the positions chosen [B, L]; see `info_of`.
 
   Rows that are not active [B] make no step; whoever has chosen something has called the network.
   """
   chosen &= active[:, None]
-  own = jnp.take_along_axis(log_p, token[..., None], axis=-1)[..., 0]
   state = State(
     step=state.step + active,
     tokens=jnp.where(chosen, token, state.tokens),
     calls=state.calls + jnp.any(chosen, axis=1),
   )
-  return state, Info(chosen, jnp.where(chosen, own, 0))
+  return state, info_of(chosen, token, log_p, logits)
 
 
 def ancestral(
@@ -177,7 +181,7 @@ def ancestral(
   Raises:
     ValueError: times rise, or do not end at 0.
 
-  Reference: Sahoo et al. 2024 (MDLM), arXiv 2406.07524, eq. 6 and section 4.3 (caching); Shi et al.
+  Reference: Sahoo et al. 2024 (MDLM), arXiv 2406.07524, eq. 6 and section 4.1 (caching); Shi et al.
     2024 (MD4), arXiv 2406.04329, section 3.3.
   """
   times = grid(times)
@@ -187,18 +191,26 @@ def ancestral(
     active, t, s = interval(times, state.step)
     prob = mask_schedules.unmask_prob(schedule, t, s)
     leaves = coins(choose_keys, prob, (state.tokens == mask) & active[:, None])
-    log_p = lambda: laws(predict, state.tokens, t, transform)
-    return written_if_any(token_keys, state, leaves, log_p, active)
+    logits = lambda: predict(state.tokens, t)
+    return written_if_any(token_keys, state, leaves, logits, transform, active)
 
   return base.SamplingAlgorithm(lambda keys, tokens: start(tokens), step)
 
 
 def grid(times: jax.Array) -> jax.Array:
   """Times [T + 1] of a sampler; ValueError where they are known, and rise or do not end at 0."""
+  made = falling(times)
+  if not isinstance(times, jax.core.Tracer) and np.asarray(times)[-1] != 0:
+    raise ValueError("times: they have to end at 0.")
+  return made
+
+
+def falling(times: jax.Array) -> jax.Array:
+  """Times [T + 1] of a sampler; ValueError where they are known, and rise."""
   if not isinstance(times, jax.core.Tracer):
     known = np.asarray(times)
-    if known.ndim != 1 or known.size < 2 or np.any(np.diff(known) > 0) or known[-1] != 0:
-      raise ValueError("Times of masked sampling go from 1 to 0 and do not rise.")
+    if known.ndim != 1 or known.size < 2 or np.any(np.diff(known) > 0):
+      raise ValueError("times: they have to be two or more, and not to rise.")
   return jnp.asarray(times, jnp.float32)
 
 
@@ -216,17 +228,20 @@ def written_if_any(
   keys: base.Keys,
   state: State,
   chosen: jax.Array,
-  log_p: Callable[[], jax.Array],
+  logits: Callable[[], jax.Array],
+  transform: logits_lib.LogitsTransform,
   active: jax.Array,
 ) -> tuple[State, Info]:
-  """As `written`, of tokens drawn from log_p() [B, L, V], which is not called if none is chosen."""
+  """As `written`, of tokens drawn from logits() [B, L, V], transformed: called if any is chosen."""
 
   def write(keys):
-    laws = log_p()
-    return written(state, chosen, draw_each(keys, laws), laws, active)
+    made = logits()
+    log_p = transformed(made, state.tokens, transform)
+    return written(state, chosen, draw_each(keys, log_p), log_p, made, active)
 
   def skip():
-    nothing = Info(jnp.zeros(chosen.shape, bool), jnp.zeros(chosen.shape))
+    zeros = jnp.zeros(chosen.shape)
+    nothing = Info(jnp.zeros(chosen.shape, bool), zeros, zeros)
     return state._replace(step=state.step + active), nothing
 
   return base.cond(keys, jnp.any(chosen & active[:, None]), write, skip)
@@ -279,14 +294,14 @@ def first_hitting(
     u = jax.vmap(lambda key: jax.random.uniform(key))(time_keys)
     noise = jnp.where(active, state.noise * u ** (1 / jnp.maximum(count, 1)), state.noise)
     place = logits_lib.draw(place_keys, jnp.where(masked, 0.0, -jnp.inf))
-    law = law_at(predict, state.tokens, schedule.time(1 - noise), place, transform)
-    token = logits_lib.draw(token_keys, law)
+    logits = logits_at(predict, state.tokens, schedule.time(1 - noise), place)
+    law = transformed(logits, state.tokens, transform)
+    token = logits_lib.draw(token_keys, law[:, 0])[:, None]
     chosen = (jnp.arange(masked.shape[1])[None] == place[:, None]) & active[:, None]
-    now = State(
-      state.step + active, jnp.where(chosen, token[:, None], state.tokens), state.calls + active
-    )
-    own = jnp.take_along_axis(law, token[:, None], axis=1)
-    return HittingState(*now, noise), Info(chosen, jnp.where(chosen, own, 0))
+    now = State(state.step + active, jnp.where(chosen, token, state.tokens), state.calls + active)
+    of_token = info_of(active[:, None], token, law, logits)
+    info = jax.tree.map(lambda leaf: jnp.where(chosen, leaf, jnp.zeros_like(leaf)), of_token)
+    return HittingState(*now, noise), info
 
   return base.SamplingAlgorithm(init, step)
 
@@ -312,12 +327,12 @@ def unmask(
   def step(keys, state):
     rule_keys, token_keys = base.split(keys)
     masked = state.tokens == mask
-    logits = predict(state.tokens, jnp.mean(masked, axis=1)).astype(jnp.float32)
+    logits = predict(state.tokens, jnp.mean(masked, axis=1))
     log_p = transformed(logits, state.tokens, transform)
     token = draw_each(token_keys, log_p)
-    view = View(jax.nn.log_softmax(logits), token, masked, state.step)
+    view = View(jax.nn.log_softmax(logits.astype(jnp.float32)), token, masked, state.step)
     chosen = jax.vmap(rule)(rule_keys, view) & masked
-    return written(state, chosen, token, log_p, jnp.any(masked, axis=1))
+    return written(state, chosen, token, log_p, logits, jnp.any(masked, axis=1))
 
   return base.SamplingAlgorithm(lambda keys, tokens: start(tokens), step)
 

@@ -109,7 +109,12 @@ def classifier_by_gradient(
 
 
 def _tilted(logits, evidence, weight):
-  """logits + w evidence; what is impossible stays so, whatever the classifier says of it."""
+  """logits + w evidence; what is impossible stays so, whatever the classifier says of it.
+
+  Where it rules out every possible token of a position, it says nothing there.
+  """
   w = jnp.asarray(weight, jnp.float32).reshape(-1, 1, 1)
   tilt = jnp.where(w == 0, 0, w * jnp.where(w == 0, 0, evidence))  # 0 inf is NaN
-  return jnp.where(logits > -jnp.inf, logits + tilt, -jnp.inf)
+  tilted = jnp.where(logits > -jnp.inf, logits + tilt, -jnp.inf)
+  some = jnp.any(tilted > -jnp.inf, axis=-1, keepdims=True)
+  return jnp.where(some, tilted, logits)

@@ -24,6 +24,8 @@ from . import base, masked
 
 # Where alpha is less, what is divided by it is held at this.
 LEAST_ALPHA = 1e-6
+# The same of 1 - alpha: the least that float32 tells from none.
+LEAST_NOISE = 2.0**-24
 
 
 class Noise(NamedTuple):
@@ -59,7 +61,8 @@ def masking(schedule: mask_schedules.MaskSchedule, vocab_size: int) -> Noise:
   """Noise that masks: a masked token becomes v at the rate -alpha' / (1 - alpha) p(v).
 
   Its scores are p(v) alpha / (1 - alpha) at masked positions (Ou et al. 2024, arXiv 2406.03736),
-  and 0 elsewhere, where nothing moves.
+  and 0 elsewhere, where nothing moves. At t = 1, where they would be 0, alpha is held at
+  LEAST_ALPHA, so that whatever is still to move has a score above 0.
   """
 
   def moves(p, tokens, scale):
@@ -68,7 +71,7 @@ def masking(schedule: mask_schedules.MaskSchedule, vocab_size: int) -> Noise:
 
   def scores(p, tokens, t):
     alpha = jnp.maximum(schedule.alpha(t), LEAST_ALPHA)
-    return moves(p, tokens, alpha / (1 - alpha))
+    return moves(p, tokens, alpha / jnp.maximum(1 - alpha, LEAST_NOISE))
 
   def rates(p, tokens, t):
     return moves(p, tokens, jnp.maximum(schedule.rate(t), 0))

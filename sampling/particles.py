@@ -187,8 +187,9 @@ def smc(
   potentials and any of the rules of `resampling`. One particle is the sampler itself.
 
   A particle of value -inf is dead, though its value might rise again: values before the last must
-  not be -inf where r need not be. A row of dead particles goes on without resampling, `log_z` is
-  -inf, and what is drawn from it is an untilted sample. Rows that make no step change nothing.
+  not be -inf where r need not be (`soft_values.raised`). A row of dead particles goes on without
+  resampling, `log_z` is -inf, and what is drawn from it is an untilted sample. Rows that make no
+  step change nothing.
 
   Args:
     algorithm: any sampler, all of whose particles start from the row's inputs.
@@ -261,9 +262,14 @@ def best_of_n(
     reward: its state -> r [B].
     is_done: its state -> [B] bool; before, no reward is read.
     num: n.
-    temperature: alpha, of no consequence for `best`.
+    temperature: alpha, above 0 and below inf; of no consequence for `best`.
     calls: counts those of the sampler.
+
+  Raises:
+    ValueError: n below 1, a temperature that is not above 0 and below inf.
   """
+  rule = "above 0 and below inf"
+  logits_lib.require("temperature", temperature, lambda a: 0 < a < float("inf"), rule)
   value = at_end(reward, is_done)
   return smc(
     algorithm, value, num_particles=num, temperature=temperature, threshold=0.0, calls=calls

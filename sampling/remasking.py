@@ -22,7 +22,7 @@ class State(NamedTuple):
   tokens: jax.Array  # [B, L] int32
   calls: jax.Array  # [B] int32, of the network
   free: jax.Array  # [B, L] bool, masked at the start
-  confidence: jax.Array  # [B, L], probability of each token when it was written
+  confidence: jax.Array  # [B, L], the predictor's own probability of each token when written
 
 
 class Moment(NamedTuple):
@@ -48,13 +48,18 @@ def most(moment: Moment) -> jax.Array:
 def cap(eta: float | jax.Array) -> Remask:
   """sigma = min(eta, `most`). Reference: Wang et al. 2025, arXiv 2503.00307, section 4.1."""
   logits_lib.require("cap", eta, lambda eta: 0 <= eta <= 1, "in [0, 1]")
-  return lambda moment: jnp.minimum(eta, most(moment))
+  return lambda moment: jnp.minimum(_column(eta), most(moment))
 
 
 def rescale(eta: float | jax.Array) -> Remask:
   """sigma = eta `most`; eta = 0 is ancestral. Reference: arXiv 2503.00307, section 4.1."""
   logits_lib.require("rescale", eta, lambda eta: 0 <= eta <= 1, "in [0, 1]")
-  return lambda moment: eta * most(moment)
+  return lambda moment: _column(eta) * most(moment)
+
+
+def _column(eta):
+  """A parameter of rows, scalar or [B], as [B or 1, 1]."""
+  return jnp.asarray(eta, jnp.float32).reshape(-1, 1)
 
 
 def confident(remask: Remask) -> Remask:
@@ -62,7 +67,8 @@ def confident(remask: Remask) -> Remask:
 
   Tokens that were unlikely when they were written are taken back first. Masked tokens are unmasked
   as without remasking, as in the authors' code, so more are masked at s than the schedule says:
-  unlike the others, it does not keep the marginal.
+  unlike the others, it does not keep the marginal. The confidence is the predictor's own, whatever
+  temperature or filter the tokens are drawn with; the authors' code has that of the filtered law.
 
   Reference: Wang et al. 2025, arXiv 2503.00307, section 4.1 (ReMDM-conf).
   """
@@ -138,10 +144,11 @@ def remasking(
     changes = masked.coins(choose_keys, prob, (is_masked | kept) & active[:, None])
     tokens = jnp.where(changes & ~is_masked, mask, state.tokens)
     # The predictor reads what was there before anything was taken back, as q(x_s | x_t) has it.
-    log_p = lambda: masked.laws(predict, state.tokens, t, transform)
+    logits = lambda: predict(state.tokens, t)
     now = masked.State(state.step, tokens, state.calls)
-    now, info = masked.written_if_any(token_keys, now, changes & is_masked, log_p, active)
-    confidence = jnp.where(info.written, jnp.exp(info.log_prob), state.confidence)
+    wanted = changes & is_masked
+    now, info = masked.written_if_any(token_keys, now, wanted, logits, transform, active)
+    confidence = jnp.where(info.written, jnp.exp(info.model_log_prob), state.confidence)
     return State(*now, state.free, confidence), info
 
   return base.SamplingAlgorithm(lambda keys, tokens: start(tokens, mask), step)
@@ -212,7 +219,8 @@ def gibbs(
     here = (jnp.arange(kept.shape[1])[None] == place[:, None]) & kept
     tokens = jnp.where(here, mask, state.tokens)
     t = jnp.mean(tokens == mask, axis=1)
-    token = logits_lib.draw(token_keys, masked.law_at(predict, tokens, t, place, transform))
+    logits = masked.logits_at(predict, tokens, t, place)
+    token = logits_lib.draw(token_keys, masked.transformed(logits, tokens, transform)[:, 0])
     return state._replace(
       tokens=jnp.where(here, token[:, None], state.tokens), calls=state.calls + some
     )
@@ -239,13 +247,17 @@ def forward_backward(
     predict: (tokens, t [B]) -> logits.
     schedule: alpha.
     times: [T + 1], of the sampler that is corrected; s is times[step].
-    back: how far, in time.
+    back: how far, in time, above 0.
     mask: V.
     transform: of the law of each token; without feedback.
 
+  Raises:
+    ValueError: `back` is not above 0, or times rise.
+
   Reference: Campbell et al. 2022, arXiv 2205.14987, section 4.4; Lezama et al. 2023.
   """
-  times = jnp.asarray(times, jnp.float32)
+  logits_lib.require("back", back, lambda back: back > 0, "above 0")
+  times = masked.grid(times)
 
   def correct(keys, state):
     mask_keys, choose_keys, token_keys = base.split(keys, 3)
@@ -258,7 +270,7 @@ def forward_backward(
     leaves = masked.coins(
       choose_keys, mask_schedules.unmask_prob(schedule, noisier, s), tokens == mask
     )
-    log_p = masked.laws(predict, tokens, noisier, transform)
+    log_p = masked.transformed(predict(tokens, noisier), tokens, transform)
     tokens = jnp.where(leaves, masked.draw_each(token_keys, log_p), tokens)
     return state._replace(tokens=tokens, calls=state.calls + jnp.any(leaves, axis=1))
 

@@ -15,7 +15,9 @@ needs to be right and `particles.svdd` to be near it.
 The call that a value makes at a state is the one that the next step makes there: `held` makes it
 once, so that particles with values cost what they cost without.
 
-A reward may be any function, not differentiable, of a batch of samples, row by row.
+A reward may be any function, not differentiable, of a batch of samples, row by row. One that
+forbids (-inf) makes an estimate forbid what may still come out right, and `particles.smc` does not
+get it back, so that its Z is too low: `raised` keeps such a state alive until it is done.
 """
 
 from collections.abc import Callable
@@ -106,6 +108,23 @@ def at_end(reward: Callable[[Any], jax.Array], is_done: Callable[[Any], jax.Arra
     is_done: state -> [B] bool.
   """
   return of_state(lambda state: jnp.where(is_done(state), reward(state), 0))
+
+
+def raised(value: Value, least: float | jax.Array, is_done: Callable[[Any], jax.Array]) -> Value:
+  """max(v, least) before the end, where -inf and NaN are least; v itself where a row is done.
+
+  Args:
+    value: v.
+    least: as low as what is worth little, on the scale of rewards; scalar or [B].
+    is_done: state -> [B] bool.
+  """
+
+  def evaluate(keys, state, info):
+    values, calls = value(keys, state, info)
+    higher = jnp.where(values >= least, values, least)
+    return jnp.where(is_done(state), values, higher), calls
+
+  return evaluate
 
 
 def posterior_mean(reward: Reward, denoised: Denoised) -> Value:
@@ -251,6 +270,7 @@ def completions(
     log_p = jax.nn.log_softmax(logits.astype(jnp.float32), axis=-1)
     draws = jax.vmap(lambda keys: masked.draw_each(keys, log_p))(several(keys, num_draws))
     rewards = jax.vmap(lambda drawn: reward(jnp.where(hidden, drawn, tokens)))(draws)
+    rewards = jnp.where(rewards < jnp.inf, rewards, -jnp.inf)  # not NaN, which the mean would be
     alpha = jnp.asarray(temperature, jnp.float32).reshape(1, -1)
     mean = jax.nn.logsumexp(rewards / alpha, axis=0) - jnp.log(num_draws)
     return alpha[0] * mean, calls

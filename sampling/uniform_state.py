@@ -7,6 +7,7 @@ from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from ..models import base as models
 from . import base, jumps, masked, noises
@@ -53,11 +54,11 @@ def gillespie(
     last: alpha where they end.
 
   Raises:
-    ValueError: not 0 < first < last < 1, or the noise masks.
+    ValueError: not 0 < first < last < 1 in float32, or the noise masks.
 
   Reference: Chen and Ying 2024, arXiv 2402.08095, algorithm 1; Lewis and Shedler 1979.
   """
-  if not 0 < first < last < 1:
+  if not 0 < np.float32(first) < np.float32(last) < 1:
     raise ValueError(f"first={first}, last={last}: above 0, below 1, and the first the lower.")
   _require_uniform(noise)
   begin, end = (jnp.log(alpha) - jnp.log1p(-alpha) for alpha in jnp.float32([first, last]))
@@ -75,8 +76,9 @@ def gillespie(
 
   def step(keys, state):
     wait_keys, where_keys, token_keys = base.split(keys, 3)
-    wait = jax.vmap(jax.random.exponential)(wait_keys) / jnp.sum(state.free, axis=1)
-    level = state.level + wait
+    wait = jax.vmap(jax.random.exponential)(wait_keys)
+    num_free = jnp.sum(state.free, axis=1)
+    level = jnp.where(num_free > 0, state.level + wait / jnp.maximum(num_free, 1), jnp.inf)
     done, ends = state.level == jnp.inf, level >= end
     alpha = jnp.where(ends, last, jax.nn.sigmoid(level))
     t = time_of(alpha)
@@ -125,7 +127,7 @@ def gibbs(predict: models.Predictor, noise: noises.Noise) -> jumps.Corrector:
 
 def gibbs_law(noise: noises.Noise, p: jax.Array, tokens: jax.Array, t: jax.Array) -> jax.Array:
   """p_t(x_i = y | the others), [B, L, V], from p(x_0 at i | x_t) [B, L, V] at times t [B]."""
-  alpha = models.per_row(noise.schedule.alpha(t), p)
+  alpha = models.per_row(jnp.minimum(noise.schedule.alpha(t), 1 - noises.LEAST_NOISE), p)
   b = (1 - alpha) / noise.vocab_size
   weights = noises.chances(p, tokens, alpha) + b * noises.own(tokens, noise.vocab_size)
   return weights / jnp.sum(weights, axis=-1, keepdims=True)
@@ -150,7 +152,7 @@ def forward_backward(
     ValueError: ahead is not above 0.
 
   Reference: Campbell et al. 2022, arXiv 2205.14987, section 4.4; Wang et al. 2025 (ReMDM), arXiv
-    2503.00307, section 3, for masks.
+    2503.00307, section 4.3, for masks.
   """
   if not ahead > 0:
     raise ValueError(f"ahead={ahead}: it has to be above 0, a time that noise goes forward.")

@@ -249,8 +249,8 @@ def _paths(key, noise, setting):
   order = jax.vmap(lambda key: jax.random.permutation(key, setting.length))(
     base.row_keys(where_key, requests)
   )
-  shift = jax.random.randint(token_key, tokens.shape, 1, noise.vocab_size, jnp.int32)
-  other = jnp.where(tokens == noise.vocab_size, shift, (tokens + shift) % noise.vocab_size)
+  shift = jax.random.randint(token_key, tokens.shape, 1, noise.num_states, jnp.int32)
+  other = (tokens + shift) % noise.num_states
   perturbed = jnp.where(order < setting.perturbed, other, tokens)
   return (
     (base.row_keys(student_key, requests), perturbed),

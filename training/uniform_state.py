@@ -187,7 +187,8 @@ def uniform_diffusion(
 ) -> step.LossFn:
   """The bound, in nats; a row's weight is its number of learned tokens.
 
-  The batch has `tokens` [B, L] and `mask` [B, L], not 0 where a token is noised and learned.
+  The batch has `tokens` [B, L] and `mask` [B, L], not 0 where a token is noised and learned, and no
+  segments.
 
   Args:
     model: its logits are of V tokens.
@@ -197,10 +198,15 @@ def uniform_diffusion(
     head: what the model puts out.
     quantiles: how times are drawn.
 
+  Raises (when called):
+    ValueError: the batch has segments.
+
   Metrics: `accuracy`, of greedy tokens of p(x_0 | x_t) at random times.
   """
 
   def loss(key, params, batch):
+    if "segments" in batch:
+      raise ValueError("The model reads whole rows, without documents: pad rows, or cut them full.")
     noise_key, model_key = masked.keys_of(key, batch["tokens"])
     time_key, noise_key, token_key = jax.random.split(noise_key, 3)
     clean, learned = batch["tokens"], batch["mask"] != 0

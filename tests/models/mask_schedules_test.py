@@ -74,6 +74,14 @@ def test_unmasking_in_steps_is_unmasking_at_once(name):
   np.testing.assert_allclose(one, 1 - noise[1] / noise[0], atol=1e-5)
 
 
+def test_alpha_ends_at_zero_and_not_below():
+  for least, most in ((1e-5, 20.0), (1e-3, 2.0), (0.1, 5.0)):
+    assert 0 <= float(mask_schedules.geometric(least, most).alpha(1.0)) < 1e-6
+  t = np.float32(1 - 1e-4)  # 1 - sin would have two digits left
+  expected = 1 - np.sin(np.pi / 2 * np.float64(t))
+  np.testing.assert_allclose(mask_schedules.cosine().alpha(t), expected, rtol=1e-3)
+
+
 def test_nothing_stays_masked_where_alpha_rounds_to_one():
   schedule = mask_schedules.geometric()
   t = jnp.float32(1e-4)

@@ -87,6 +87,13 @@ def test_weight_zero_is_no_guidance_whatever_the_classifier_says():
   np.testing.assert_allclose(out[1], jax.nn.log_softmax(PREDICT(tokens, 0.5))[1], atol=1e-6)
 
 
+def test_evidence_that_rules_everything_out_changes_nothing():
+  never = lambda tokens, t: jnp.full(tokens.shape[:1], -jnp.inf)
+  tokens = jnp.array([[V, 1, V]])
+  guided = masked_guidance.classifier(PREDICT, never, 1.5)(tokens, jnp.float32(0.5))
+  np.testing.assert_allclose(guided, jax.nn.log_softmax(PREDICT(tokens, 0.5)), rtol=1e-6)
+
+
 def test_what_is_impossible_stays_so():
   never = lambda tokens, t: jnp.broadcast_to(jnp.array([-jnp.inf, 0.0, 0.0]), (1, L, V))
   anything = lambda tokens, t: jnp.zeros(tokens.shape[0])

@@ -9,7 +9,16 @@ import targets
 from ancestral.evaluation import unmasking_laws
 from ancestral.models import mask_schedules, toy
 from ancestral.models import masked as masked_models
-from ancestral.sampling import base, feedback, history, logits, masked, truncation, unmasking
+from ancestral.sampling import (
+  base,
+  feedback,
+  history,
+  logits,
+  masked,
+  remasking,
+  truncation,
+  unmasking,
+)
 
 pytestmark = pytest.mark.usefixtures("compiles_quickly")
 
@@ -205,12 +214,15 @@ def test_transforms_apply_to_each_position():
   np.testing.assert_allclose(info.log_prob, 0, atol=1e-6)
 
 
-def test_temperatures_of_rows_differ():
-  """Rows at T = 0 and at T = 1 in one batch."""
-  hot = jnp.arange(DRAWS) % 2
-  state, _ = unmasked_one_by_one(
-    unmasking.left_to_right, transform=logits.temperature(hot.astype(jnp.float32))
-  )
+@pytest.mark.parametrize(
+  "transform, narrow, wide",
+  [(logits.temperature, 0.0, 1.0), (truncation.top_k, 1, V), (truncation.top_p, 1e-6, 1.0)],
+  ids=["temperature", "top_k", "top_p"],
+)
+def test_parameters_of_rows_differ(transform, narrow, wide):
+  """Rows of the likeliest token and of the whole law in one batch."""
+  of_rows = jnp.where(jnp.arange(DRAWS) % 2, wide, narrow)
+  state, _ = unmasked_one_by_one(unmasking.left_to_right, transform=transform(of_rows))
   tokens = np.asarray(state.tokens)
   assert np.all(tokens[::2] == tokens[0])
   targets.check_law(tokens[1::2], JOINT)
@@ -247,9 +259,37 @@ def test_orders_do_not_depend_on_the_temperature_of_tokens(score):
   assert first_places(0.0)[0].sum() == 1
 
 
+@pytest.mark.parametrize("name", ["ancestral", "first_hitting", "remasking", "unmask"])
+def test_log_prob_is_of_the_law_drawn_from_and_the_model_s_own_beside_it(name):
+  cold = logits.temperature(0.5)
+  times, how = jnp.linspace(1, 0, 6), {"mask": V, "transform": cold}
+  algorithm = {
+    "ancestral": lambda: masked.ancestral(PREDICT, LINEAR, times, **how),
+    "first_hitting": lambda: masked.first_hitting(PREDICT, LINEAR, **how),
+    "remasking": lambda: remasking.remasking(PREDICT, LINEAR, times, remasking.cap(0.5), **how),
+    "unmask": lambda: masked.unmask(PREDICT, unmasking.top(unmasking.margin, 2), **how),
+  }[name]()
+  keys, tokens = targets.keys_of(np.arange(40)), blank(40)
+  tokens = tokens.at[::2, 1].set(2)
+  state, num_written = base.start(keys, algorithm, tokens), 0
+  for _ in range(5):
+    before = state.tokens
+    law = np.asarray(jax.nn.log_softmax(PREDICT(before, 0.0)), np.float64)
+    drawn_from = np.asarray(jax.nn.log_softmax(jnp.asarray(law / 0.5, jnp.float32)))
+    state, info = jax.jit(algorithm.step)(base.row_keys_at(keys, state.step), state)
+    written, token = np.asarray(info.written), np.asarray(state.tokens)
+    np.testing.assert_array_equal(written, (token != V) & (np.asarray(before) == V))
+    place = np.minimum(token, V - 1)[..., None]
+    for found, p in ((info.log_prob, drawn_from), (info.model_log_prob, law)):
+      own = np.take_along_axis(p, place, axis=2)[..., 0]
+      np.testing.assert_allclose(found, np.where(written, own, 0), atol=2e-5)
+    num_written += written.sum()
+  assert num_written > 100
+
+
 def test_grids_end_at_nothing_masked():
   for times in ([1.0, 0.5], [1.0, 0.2, 0.4, 0.0], [0.0]):
-    with pytest.raises(ValueError, match="go from 1 to 0"):
+    with pytest.raises(ValueError, match="times: they have to"):
       masked.ancestral(PREDICT, LINEAR, np.array(times), mask=V)
 
 

@@ -389,6 +389,10 @@ def test_a_row_depends_on_its_own_key_alone():
     (lambda: decoded(2, temperature=-1.0), "at least 0"),
     (lambda: steered(2, temperature=0.0), "above 0"),
     (lambda: steered(2, threshold=1.5), "threshold"),
+    (
+      lambda: particles.best_of_n(one_at_a_time(), None, is_done, num=2, temperature=jnp.inf),
+      "below inf",
+    ),
   ],
 )
 def test_bad_input_is_said(make, said):

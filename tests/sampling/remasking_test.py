@@ -9,7 +9,7 @@ import pytest
 
 import targets
 from ancestral.models import mask_schedules, toy
-from ancestral.sampling import base, masked, remasking
+from ancestral.sampling import base, logits, masked, remasking
 
 pytestmark = pytest.mark.usefixtures("compiles_quickly")
 
@@ -23,12 +23,12 @@ def blank(num=DRAWS):
   return jnp.full((num, L), V, jnp.int32)
 
 
-def run_remasking(remask, times, tokens=None, num_steps=None):
+def run_remasking(remask, times, tokens=None, num_steps=None, **kwargs):
   tokens = blank() if tokens is None else tokens
 
   @jax.jit
   def run(keys, tokens):
-    algorithm = remasking.remasking(PREDICT, LINEAR, times, remask, mask=V)
+    algorithm = remasking.remasking(PREDICT, LINEAR, times, remask, mask=V, **kwargs)
     state = base.start(keys, algorithm, tokens)
     steps = len(times) - 1 if num_steps is None else num_steps
     return base.run(keys, algorithm, state, steps, lambda state, info: state.tokens)
@@ -121,6 +121,21 @@ def test_confidence_takes_back_what_was_unlikely():
   assert np.all((np.asarray(state.confidence) > 0) & (np.asarray(state.confidence) <= 1 + 1e-6))
 
 
+def test_confidence_is_the_predictor_s_own_at_temperature_0():
+  state = run_remasking(
+    remasking.cap(0.3), np.linspace(1, 0, 6), blank(50), transform=logits.temperature(0.0)
+  )[0]
+  confidence = np.asarray(state.confidence)
+  assert confidence.min() > 0 and np.mean(confidence < 0.99) > 0.5
+
+
+def test_parameters_of_rows():
+  """A cap of each row: one that is 0 never masks again, and one of 1 does."""
+  moment = remasking.Moment(*(jnp.full((2, 1), alpha) for alpha in (0.5, 0.5)), None, None)
+  for remask in (remasking.cap, remasking.rescale):
+    np.testing.assert_allclose(remask(jnp.array([0.0, 0.2]))(moment), [[0], [0.2]])
+
+
 def test_confident_remasking_masks_more_than_the_schedule_says():
   times = np.linspace(1, 0, 6)
   _, seen = run_remasking(remasking.confident(remasking.rescale(1.0)), times)
@@ -133,6 +148,8 @@ def test_numbers_out_of_range_are_refused():
     remasking.rescale(1.5)
   with pytest.raises(ValueError, match=r"cap\(-0.1\)"):
     remasking.cap(-0.1)
+  with pytest.raises(ValueError, match=r"back\(0.0\)"):
+    remasking.forward_backward(PREDICT, LINEAR, jnp.linspace(1, 0, 3), 0.0, mask=V)
   hitting = masked.first_hitting(PREDICT, LINEAR, mask=V)
   algorithm = remasking.corrected(hitting, remasking.gibbs(PREDICT, mask=V), mask=V)
   with pytest.raises(ValueError, match=r"masked\.State"):

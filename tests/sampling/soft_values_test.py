@@ -8,8 +8,8 @@ import numpy as np
 import pytest
 
 import targets
-from ancestral.models import schedules, toy
-from ancestral.sampling import ancestral, base, soft_values, solvers
+from ancestral.models import mask_schedules, schedules, toy
+from ancestral.sampling import ancestral, base, masked, particles, soft_values, solvers
 
 pytestmark = pytest.mark.usefixtures("compiles_quickly")
 
@@ -21,7 +21,7 @@ STATES = np.array(list(itertools.product(range(K + 1), repeat=L)))
 
 
 def state_of(tokens):
-  return soft_values.masked.start(jnp.asarray(tokens))
+  return masked.start(jnp.asarray(tokens))
 
 
 def reward(tokens):
@@ -47,6 +47,49 @@ def test_completions_estimate_the_mean_over_independent_positions():
     found = np.exp(np.asarray(v, np.float64) / ALPHA)
     assert abs(found.mean() - expected) < 4 * found.std() / np.sqrt(rows)
     np.testing.assert_array_equal(calls, 1)
+
+
+def test_a_draw_that_is_forbidden_counts_as_nothing():
+  """NaN as -inf, among draws that are not; a state of forbidden draws alone is raised."""
+  keys, state = targets.keys_of(np.arange(200)), state_of(np.full((200, L), K))
+  found = {}
+  for bad in (jnp.nan, -jnp.inf):
+    forbids = lambda tokens, bad=bad: jnp.where(tokens[:, 0] < 2, bad, reward(tokens))
+    value = soft_values.completions(forbids, ASK, mask=K, num_draws=2, temperature=ALPHA)
+    found[str(bad)], _ = value(keys, state, None)
+  np.testing.assert_array_equal(found["nan"], found["-inf"])
+  lost = np.isneginf(found["nan"])
+  assert 0 < lost.mean() < 1 and not np.any(np.isnan(found["nan"]))
+  done = lambda state: ~jnp.any(state.tokens == K, axis=1)
+  kept, _ = soft_values.raised(value, 0.5, done)(keys, state, None)
+  np.testing.assert_allclose(kept, np.maximum(found["nan"], 0.5), rtol=1e-6)
+
+
+def test_estimates_that_forbid_too_early_are_raised():
+  """Of two draws both may be forbidden where others are not: raised, Z stays unbiased."""
+  forbids = lambda tokens: jnp.where(tokens[:, 1] == 0, jnp.nan, reward(tokens))
+  drawn = soft_values.completions(forbids, ASK, mask=K, num_draws=2, temperature=ALPHA)
+  done = lambda state: ~jnp.any(state.tokens == K, axis=1)
+  hitting = masked.first_hitting(PREDICT, mask_schedules.linear(), mask=K)
+  keys = targets.keys_of(np.arange(20_000))
+  outcomes = np.array(list(itertools.product(range(K), repeat=L)))
+  weight = np.where(outcomes[:, 1] == 0, 0, np.exp(np.asarray(reward(outcomes)) / ALPHA))
+  expected = np.sum(LAW.reshape(-1) * weight)
+
+  def off(value):
+    """Standard errors from Z."""
+    algorithm = particles.smc(hitting, value, num_particles=4, temperature=ALPHA)
+
+    @jax.jit
+    def run(keys):
+      state = base.start(keys, algorithm, jnp.full((len(keys), L), K))
+      return particles.log_z(base.run(keys, algorithm, state, L)[0])
+
+    z = np.exp(np.asarray(run(keys), np.float64))
+    return (z.mean() - expected) / z.std() * np.sqrt(len(z))
+
+  assert abs(off(soft_values.raised(drawn, -1.0, done))) < 4
+  assert off(drawn) < -8
 
 
 def test_the_mode_is_the_likeliest_token_of_each_position():

@@ -7,7 +7,7 @@ import pytest
 
 import targets
 from ancestral.evaluation import exact_laws
-from ancestral.models import mask_schedules, toy_discrete
+from ancestral.models import mask_schedules, toy, toy_discrete
 from ancestral.sampling import base, jumps, noises, uniform_state
 
 pytestmark = pytest.mark.usefixtures("compiles_quickly")
@@ -51,6 +51,19 @@ def test_gibbs_leaves_the_law_exactly(t):
   law = law_at(t)
   for i in range(L):
     np.testing.assert_allclose(law @ one_position(to, i), law, atol=2e-6)
+
+
+def test_gibbs_keeps_tokens_where_alpha_rounds_to_one():
+  """What the predictor is sure of is kept; of one that is not quite, the law is still a law."""
+  noise = noises.uniform(mask_schedules.geometric(), V)
+  t = jnp.full(V**L, 1e-4)
+  assert float(noise.schedule.alpha(t[0])) == 1
+  exact = np.asarray(jax.nn.one_hot(STATES, V))
+  for p in (exact, 0.99999 * exact + 0.00001 / V):
+    to = np.asarray(uniform_state.gibbs_law(noise, jnp.asarray(p, jnp.float32), STATES, t))
+    np.testing.assert_allclose(to.sum(axis=-1), 1, rtol=1e-5)
+    if p is exact:
+      assert np.all(np.sum(to * exact, axis=-1) > 0.999)
 
 
 def test_gibbs_law_is_leave_one_out_then_noise():
@@ -114,6 +127,41 @@ def test_correctors_draw_what_they_say(name):
   state = corrected_once(corrector, t, num)
   targets.check_law(np.asarray(state.tokens), law_at(t).reshape((V,) * L))
   assert np.all(np.asarray(state.calls) == 1)
+
+
+@pytest.mark.parametrize("kind", ["uniform", "masking"])
+def test_forward_backward_redraws_what_is_not_given(kind):
+  """From p_t, of either noise, with the first token given: the conditional law stays."""
+  t, num = 0.3, 30_000
+  given = LAW[1] / LAW[1].sum()
+  rng = np.random.default_rng(1)
+  clean = np.stack(np.unravel_index(rng.choice(V * V, size=num, p=given.reshape(-1)), (V, V)), 1)
+  redrawn = rng.uniform(size=clean.shape) < t
+  if kind == "uniform":
+    noise = NOISE
+    noised = np.where(redrawn, rng.integers(0, V, clean.shape), clean)
+    told = lambda tokens, t: jnp.pad(
+      toy_discrete.uniform_predictor(jnp.asarray(given, jnp.float32), SCHEDULE)(tokens[:, 1:], t),
+      ((0, 0), (1, 0), (0, 0)),
+    )
+    law = np.asarray(toy_discrete.uniform_noised(given, 1 - t))
+  else:
+    noise = noises.masking(SCHEDULE, V)
+    noised = np.where(redrawn, V, clean)
+    told = toy.joint_predictor(JOINT)
+    law = np.zeros((V + 1, V + 1))
+    law[:V, :V] = (1 - t) ** 2 * given
+    law[:V, V], law[V, :V] = (t * (1 - t) * given.sum(axis=axis) for axis in (1, 0))
+    law[V, V] = t**2
+  tokens = jnp.asarray(np.pad(noised, ((0, 0), (1, 0)), constant_values=1), jnp.int32)
+  free = jnp.broadcast_to(jnp.arange(L)[None] > 0, tokens.shape)
+  none = jnp.zeros(num, jnp.int32)
+  correct = uniform_state.forward_backward(told, noise, jumps.posterior_law(noise), ahead=0.02)
+  state = jumps.State(none, tokens, none, free)
+  times = jnp.full(num, t, jnp.float32)
+  moved = np.asarray(jax.jit(correct)(targets.keys_of(np.arange(num)), state, times).tokens)
+  assert np.all(moved[:, 0] == 1) and np.any(moved != np.asarray(tokens))
+  targets.check_law(moved[:, 1:], law)
 
 
 def test_gibbs_after_every_step_brings_ancestral_nearer():
@@ -201,12 +249,14 @@ def test_nothing_to_fill_in_is_left_as_it_is():
   "make, match",
   [
     (lambda: uniform_state.gillespie(predict, NOISE, first=0.5, last=0.2), "first=0.5, last=0.2"),
+    (lambda: uniform_state.gillespie(predict, NOISE, last=1 - 1e-9), "last=0.999999999"),
     (lambda: uniform_state.gillespie(predict, noises.masking(SCHEDULE, V)), "noises.uniform"),
     (lambda: uniform_state.gibbs(predict, noises.masking(SCHEDULE, V)), "noises.uniform"),
     (
       lambda: uniform_state.forward_backward(predict, NOISE, jumps.euler_law(NOISE), 0.0),
       "ahead=0.0",
     ),
+    (lambda: jumps.euler(predict, NOISE, np.array([0.0, 1.0])), "not to rise"),
   ],
 )
 def test_bad_input_is_refused(make, match):

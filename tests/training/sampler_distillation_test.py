@@ -81,6 +81,9 @@ def test_perturbed_starts_are_so_far_from_the_teachers():
       )
       assert np.all(np.sum(np.asarray(student[1] != teacher[1]), axis=1) == num), name
       assert np.all(np.asarray(student[1]) < noise.num_states)
+    # `num` of 2 tokens are others, any of them alike
+    counts = np.bincount(np.asarray(student[1]).reshape(-1), minlength=noise.num_states)[:V]
+    np.testing.assert_allclose(counts / counts.sum(), np.full(V, 1 / V), atol=0.05)
 
 
 def test_coefficients_are_the_slopes_of_their_own_paths():

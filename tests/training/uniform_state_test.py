@@ -296,3 +296,12 @@ def test_a_prompt_is_kept_and_ends_are_finite(kind):
   others = EVERY[:, 0] != 2
   assert np.abs(slope[:, others]).max() == 0  # the prompt was never noised
   assert np.abs(slope[:, :, 0]).max() == 0  # and has no loss
+
+
+def test_packed_rows_are_refused():
+  loss_fn = uniform_state.uniform_diffusion(
+    free_model, LINEAR, uniform_state.continuous(LINEAR), vocab_size=V
+  )
+  batch = {name: jnp.ones((2, 2), jnp.int32) for name in ("tokens", "mask", "segments")}
+  with pytest.raises(ValueError, match="without documents"):
+    loss_fn(None, SLOPES, batch)
