@@ -27,11 +27,14 @@ from ml_collections import config_dict
 from ancestral.configs import text
 from ancestral.launch import fields, unmasking
 
-_TEXT = {
-  "tokenizer": {"name": "bytes", "path": ""},
-  "data": {**text.DATA["folder"], "rows": "concatenate", "row_length": 256, "test_percent": 10},
-}
 _SUDOKU = {"name": "sudoku", "test_percent": 10}
+
+
+def _texts() -> dict[str, Any]:
+  return {
+    "tokenizer": {"name": "bytes", "path": ""},
+    "data": {**text.DATA["folder"](), "rows": "concatenate", "row_length": 256, "test_percent": 10},
+  }
 
 
 def _task(row_length: int, **task: Any) -> dict[str, Any]:
@@ -39,9 +42,9 @@ def _task(row_length: int, **task: Any) -> dict[str, Any]:
 
 
 VARIANTS = {
-  "text": {**_TEXT, "num_steps": 1000, "batch_size": 32, "width": 128, "num_layers": 4},
+  "text": {"num_steps": 1000, "batch_size": 32, "width": 128, "num_layers": 4},
   "blocks": {
-    **{**_TEXT, "num_steps": 1000, "batch_size": 32, "width": 128, "num_layers": 4},
+    **{"num_steps": 1000, "batch_size": 32, "width": 128, "num_layers": 4},
     "block_length": 16,
   },
   "arithmetic": {
@@ -78,7 +81,7 @@ def get_config(variant: str = "text") -> ml_collections.ConfigDict:
       f"with {_TWIN}."
     )
   v = VARIANTS[name]
-  sections = {key: dict(v[key]) for key in ("tokenizer", "task", "data") if key in v}
+  sections = {key: dict(v[key]) for key in ("task", "data")} if "task" in v else _texts()
   block_length = v.get("block_length")
   config = {
     "kind": "masked",

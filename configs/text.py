@@ -18,16 +18,16 @@ from ml_collections import config_dict
 
 from ancestral.launch import fields
 
-DATA = {
-  "folder": {
+DATA = {  # made anew for every configuration: those that share a placeholder share its value
+  "folder": lambda: {
     "source": "text",
     "folder": sysconfig.get_path("stdlib"),
     "pattern": "*.py",
     "passage": config_dict.placeholder(int),  # files are not cut; else into so many characters
     "fields": ("text",),
   },
-  "jsonl": {"source": "jsonl", "path": "", "fields": ("text",)},
-  "tfds": {
+  "jsonl": lambda: {"source": "jsonl", "path": "", "fields": ("text",)},
+  "tfds": lambda: {
     "source": "tfds",
     "name": "wiki40b/en",
     "split": "train",
@@ -46,7 +46,7 @@ def get_config(variant: str = "folder") -> ml_collections.ConfigDict:
       "seed": 0,
       "tokenizer": {"name": "bytes", "path": ""},  # or file: a tokenizers JSON file at path
       "data": {
-        **DATA[variant],
+        **DATA[variant](),
         "rows": "concatenate",  # or pad, first_fit: documents are not cut
         "row_length": 256,
         "test_percent": 10,

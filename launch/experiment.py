@@ -11,7 +11,7 @@ import jax.numpy as jnp
 import optax
 from jax.sharding import Mesh
 
-from ..models import partition, pretrained
+from ..models import partition, pretrained, transformer
 from ..training import averaging, checkpoint, data, sharding, step
 from ..training import state as state_lib
 from . import (
@@ -94,6 +94,9 @@ class Kind(Protocol):
 
   def rules(self, experiment: Experiment) -> Sequence[partition.Rule]:
     """How its parameters are split over devices."""
+
+  def with_model(self, experiment: Experiment, c: transformer.TransformerConfig) -> Experiment:
+    """The experiment with another network, of kinds whose experiments have a `model_config`."""
 
   def finished(self, params: state_lib.Params) -> state_lib.Params:
     """Trained parameters, laid out for use."""

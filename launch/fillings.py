@@ -1,7 +1,7 @@
 """Samples of texts from a masked diffusion model:
   python -m ancestral.launch.sample --workdir=runs/masked --prompt="def " --length=128
   python -m ancestral.launch.sample --workdir=runs/masked --prompt="for _ in ____:" --blank=_
-  python -m ancestral.launch.sample --workdir=runs/sums --prompt=1_+3_=49
+  python -m ancestral.launch.sample --workdir=runs/sums --prompt=1_+3_=94
   python -m ancestral.launch.sample --workdir=runs/sudoku --num_problems=5 --block=4
 
 A prompt without blanks is continued to --length tokens, an empty one is sampling from nothing. One
@@ -28,7 +28,6 @@ from ..evaluation import attempts, fillings
 from ..sampling import base
 from ..sampling import masked as sampling
 from ..tasks import base as tasks
-from ..tasks import blanks
 from . import decoding, draws, flags, masked, records, texts, unmasking
 from . import experiment as experiment_lib
 
@@ -65,16 +64,13 @@ class Ask(NamedTuple):
 
 def _prompts(experiment: masked.Experiment) -> list[tuple[str, tasks.Problem | None]]:
   if not texts.NUM_PROBLEMS.value:
-    lines = texts.lines_of(1)
+    lines = texts.lines_of(0)  # no number of tokens that a line could give
     for line in lines:
-      if line._replace(prompt="", stop=list(line.stop)) != texts.Line("", 1, stop=[]):
+      if line != texts.Line(line.prompt, 0, stop=line.stop) or line.stop:
         raise ValueError("A line for a masked model has a prompt, and nothing else.")
     return [(line.prompt, None) for line in lines]
-  if experiment.task is None:
-    raise ValueError("--num_problems needs a task, and this model has none: give --prompt.")
-  per_level = -(-texts.NUM_PROBLEMS.value // len(experiment.config.task.levels))
-  problems = masked.held_out_problems(experiment, per_level)[-texts.NUM_PROBLEMS.value :]
-  return [(problem.prompt, problem) for problem in problems]
+  found = texts.problems(experiment, masked.held_out_problems)
+  return [(problem.prompt, problem) for problem in found]
 
 
 def _query(experiment: masked.Experiment, prompt: str) -> tuple[fillings.Query, bool]:
@@ -95,9 +91,7 @@ def _query(experiment: masked.Experiment, prompt: str) -> tuple[fillings.Query, 
     return masked.query(experiment, prompt, _LENGTH.value), task
   if blank not in prompt:
     raise ValueError(f"--blank={blank} is not in the prompt {prompt!r}.")
-  if blanks.BLANK in prompt and blank != blanks.BLANK:
-    raise ValueError(f"A prompt with {blanks.BLANK!r} in it takes --blank={blanks.BLANK}.")
-  return masked.infilling(experiment, prompt.replace(blank, blanks.BLANK)), True
+  return masked.infilling(experiment, prompt, blank), True
 
 
 def asks_of(
@@ -111,7 +105,7 @@ def asks_of(
     how: it is drawn.
 
   Raises:
-    ValueError, OSError: what the flags ask for cannot be asked, or is not of one length.
+    ValueError, OSError: what the flags ask for cannot be asked.
   """
   asks, n = [], texts.NUM_SAMPLES.value
   prompts = _prompts(experiment)
@@ -128,7 +122,8 @@ def asks_of(
 
 def _record(experiment: masked.Experiment, ask: Ask, tokens: np.ndarray, calls: int) -> Any:
   response = fillings.response(experiment.tokenizer, tokens, ask.query.start)
-  text, reason = response.text, "length" if response.fault else "stop"
+  ended = np.isin(tokens[ask.query.start :], experiment.tokenizer.stops).any()
+  text, reason = response.text, "stop" if ended else "length"
   if ask.filled:
     reason = "filled"
     if experiment.task is None:  # what comes after an end is still what was given
@@ -178,8 +173,10 @@ def _prepare(wanted: Mapping[str, Any]):
   drawn = decoding.from_flags(experiment.tokenizer)
   sampling.check_transform(drawn.transform(drawn.settings), experiment.mask)
   settings = {**drawn.fixed, **drawn.settings}
-  how = {"settings": settings, "unmasking": chosen.to_dict()}
-  asks = asks_of(experiment, {"step": step, "last": flags.LAST.value}, how)
+  schedule = experiment.config.loss.schedule
+  how = {"settings": settings, "unmasking": {**chosen.to_dict(), "schedule": schedule}}
+  origin = {"step": step, "last": flags.LAST.value, "params": texts.digest(params)}
+  asks = asks_of(experiment, origin, how)
   expected = [ask.record for ask in asks]
   done = records.finished(output, expected) if output and output.exists() else set()
   fill = masked.filler(experiment, drawn.transform, chosen)

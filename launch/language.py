@@ -16,7 +16,7 @@ from ..sampling import decode, logits
 from ..tasks import arithmetic, expressions, sudoku
 from ..tasks import base as tasks
 from ..tasks import tokenizer as tokenizers
-from ..training import cost, data, likelihood, step
+from ..training import data, likelihood, step
 from ..training import state as state_lib
 from . import adapters, fields, held_out, markdown, supervised
 
@@ -53,8 +53,7 @@ def _expressions(config: fields.Config) -> tasks.Task:
 
 
 TASKS = {
-  name: functools.partial(_arithmetic, operation)
-  for name, operation in arithmetic.OPERATIONS.items()
+  name: functools.partial(_arithmetic, operation) for name, operation in arithmetic.TASKS.items()
 } | {
   "expressions": _expressions,
   "sudoku": lambda config: sudoku.sudoku(box=config.box, levels=config.levels),
@@ -70,7 +69,10 @@ TOKENIZERS = {
 
 
 def _texts_of(source: data.Source, passage: int | None) -> data.Source:
-  return source if passage is None else data.passages(source, passage)
+  if passage is None:
+    return source
+  fields.require(passage >= 1, f"data.passage is {passage}; it is at least 1")
+  return data.passages(source, passage)
 
 
 # A source of records, and its fields that are read: a text, or a prompt and an answer.
@@ -119,16 +121,19 @@ def task_of(config: fields.Config) -> tasks.Task | None:
 
 
 def sources(
-  config: fields.Config, task: tasks.Task | None, tokenizer
+  config: fields.Config,
+  task: tasks.Task | None,
+  tokenizer: tokenizers.Tokenizer,
+  example_of: Callable[..., data.Example] = data.answered,
 ) -> tuple[data.Source, data.Source]:
-  """Examples to train on, and held-out ones."""
+  """Examples to train on, and held-out ones; a task's are made by `example_of`."""
   if task is not None:
     fields.choose("data.source", config.data.source, {"task": None})
     sides = (
       tasks.restrict(task, side, test_percent=config.task.test_percent)
       for side in ("train", "test")
     )
-    return tuple(data.task_source(side, config.seed) for side in sides)
+    return tuple(data.task_source(side, config.seed, example_of=example_of) for side in sides)
   records = fields.choose("data.source", config.data.source, RECORDS)(config.data)
   examples = data.tokenize(records, tokenizer, config.data.fields)
   return tuple(
@@ -163,7 +168,6 @@ def build(config: fields.Config) -> Experiment:
   model_config = transformer.TransformerConfig(**{**sizes, **config.model.to_dict()})
   fits = config.data.row_length <= model_config.max_length
   fields.require(fits, f"data.row_length is more than the model's {model_config.max_length}")
-  model = transformer.transformer(model_config)
   source, held_out = sources(config, task, tokenizer)
   rows = fields.choose("data.rows", config.data.rows, ROWS)(config.data.row_length, tokenizer.pad)
   schedule, optimizer = fields.optimizer_of(config)
@@ -172,19 +176,28 @@ def build(config: fields.Config) -> Experiment:
     task,
     tokenizer,
     model_config,
-    model,
+    None,
     source,
     held_out,
     rows,
-    likelihood.next_token(model, **config.loss),
+    None,
     schedule,
     optimizer,
     fields.averaging_of(config),
     init_params=None,
     score=None,
   )
-  init_params = adapters.init_params(config, functools.partial(init_model, experiment))
-  return experiment._replace(init_params=init_params, score=scores(experiment))
+  experiment = with_model(experiment, model_config)
+  return experiment._replace(score=scores(experiment))
+
+
+def with_model(experiment: Experiment, c: transformer.TransformerConfig) -> Experiment:
+  """The experiment with another network: its model, loss and untrained parameters."""
+  model = transformer.transformer(c)
+  loss_fn = likelihood.next_token(model, **experiment.config.loss)
+  made = experiment._replace(model_config=c, model=model, loss_fn=loss_fn)
+  init = functools.partial(init_model, made)
+  return made._replace(init_params=adapters.init_params(experiment.config, init))
 
 
 stepping, share = supervised.stepping, supervised.share
@@ -203,15 +216,12 @@ def frozen_shapes(experiment: Experiment) -> models.Params | None:
 
 
 def flops(experiment: Experiment, abstract: state_lib.TrainState, shares: int, batch: Any) -> int:
-  """See `experiment.Kind`: three times the loss's, since the gradients of a product cost two of it.
-
-  So what is made again backward does not count, and neither does how attention is computed.
-  """
+  """See `experiment.Kind` and `supervised.loss_flops`, however attention is computed."""
   del abstract
   c = dataclasses.replace(experiment.model_config, attention="exact")
-  loss_fn = likelihood.next_token(transformer.transformer(c), **experiment.config.loss)
-  params = jax.eval_shape(functools.partial(init_model, experiment), jax.random.key(0))
-  return 3 * cost.flops(loss_fn, jax.random.key(0), params, supervised.whole_batch(batch, shares))
+  loss_fn = with_model(experiment, c).loss_fn
+  init = functools.partial(init_model, experiment)
+  return supervised.loss_flops(loss_fn, init, shares, batch)
 
 
 def rules(experiment: Experiment) -> tuple[partition.Rule, ...]:
@@ -278,8 +288,13 @@ def held_out_problems(
     config = experiment.config.copy_and_resolve_references()
     config.task.levels = (level,)
     side = tasks.restrict(make(config), "test", test_percent=config.task.test_percent)
-    drawn = tasks.problems(side, experiment.config.seed + 1, 10 * count)
-    found += list({problem.metadata["key"]: problem for problem in drawn}.values())[:count]
+    distinct = {}
+    for index in range(10 * count):
+      problem = tasks.problem_at(side, experiment.config.seed + 1, index)
+      distinct.setdefault(problem.metadata["key"], problem)
+      if len(distinct) == count:
+        break
+    found += distinct.values()
   return found
 
 

@@ -4,6 +4,7 @@ A run is of a task's answers, of a task's texts with blanks in them, or of texts
 model is a `fillings.Query`: tokens, with masks where it is to write.
 """
 
+import dataclasses
 import functools
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
@@ -52,12 +53,6 @@ class Experiment(NamedTuple):
 
 
 MASKINGS = {"time": losses.by_time, "count": losses.by_count}
-_OPERATIONS = {
-  "addition": arithmetic.ADDITION,
-  "subtraction": arithmetic.SUBTRACTION,
-  "multiplication": arithmetic.MULTIPLICATION,
-}
-
 FREE_TO_EVALUATE = (*language.FREE_TO_EVALUATE, "task.blanks")
 FREE_TO_RESUME = ()
 
@@ -67,37 +62,21 @@ def task_of(config: fields.Config) -> tasks.Task | None:
   task = language.task_of(config)
   if task is None or not config.task.get("blanks"):
     return task
-  operation = fields.choose("task.name", config.task.name, _OPERATIONS)
+  operation = fields.choose("task.name", config.task.name, arithmetic.OPERATIONS)
   style = fields.choose("task.style", config.task.style, arithmetic.FORMATS)
   patterns = [fields.choose("task.blanks", name, blanks.PATTERNS)() for name in config.task.blanks]
   return blanks.blanks(task, blanks.equations(operation, style), patterns=patterns)
 
 
-def _task_source(task: tasks.Task, seed: int) -> data.Source:
-  """Examples of a task: the answers are learned, or what is blank."""
-
-  def item(index):
-    problem = tasks.problem_at(task, seed, index)
-    if blanks.BLANK not in problem.prompt:
-      return data.example(task.tokenizer, problem.prompt, problem.answer, index)
-    whole = data.example(task.tokenizer, "", problem.answer, index)
-    blank = np.zeros(len(whole["tokens"]), bool)
-    start = int(task.tokenizer.adds_bos)
-    blank[start : start + len(problem.prompt)] = blanks.pattern(problem.prompt)
-    return {**whole, "mask": blank}
-
-  return data.Source(2**31 - 1, item)
-
-
-def _sources(config, task, tokenizer) -> tuple[data.Source, data.Source]:
-  """Examples to train on, and held-out ones."""
-  if task is None:
-    return language.sources(config, None, tokenizer)
-  fields.choose("data.source", config.data.source, {"task": None})
-  sides = (
-    tasks.restrict(task, side, test_percent=config.task.test_percent) for side in ("train", "test")
-  )
-  return tuple(_task_source(side, config.seed) for side in sides)
+def _example(tokenizer: tokenizers.Tokenizer, problem: tasks.Problem, index: int) -> data.Example:
+  """An answer is learned, or what is blank."""
+  if blanks.BLANK not in problem.prompt:
+    return data.answered(tokenizer, problem, index)
+  whole = data.example(tokenizer, "", problem.answer, index)
+  blank = np.zeros(len(whole["tokens"]), bool)
+  start = int(tokenizer.adds_bos)
+  blank[start : start + len(problem.prompt)] = blanks.pattern(problem.prompt)
+  return {**whole, "mask": blank}
 
 
 def _rows(config, task, tokenizer) -> data.Rows:
@@ -128,7 +107,7 @@ def _check(config: fields.Config) -> None:
   fields.check(config, ("model", "loss", "train", "evaluation"))
   fields.choose("model.dtype", config.model.dtype, fields.DTYPES)
   trained, length = config.loss.block_length, config.data.row_length
-  unmasking.check(config.evaluation.unmasking, trained)
+  unmasking.check(config.evaluation.unmasking, config)
   share = config.loss.unconditional
   fields.require(0 <= share < 1, f"loss.unconditional is {share}; it is from 0 to less than 1")
   apart = "task" in config and trained is None
@@ -151,11 +130,12 @@ def build(config: fields.Config) -> Experiment:
     tokenizer = make(config.tokenizer)
   else:
     tokenizer = task.tokenizer
-  mask = tokenizer.vocab_size
   model_config = transformer.TransformerConfig(
-    vocab_size=mask + 1, max_length=config.data.row_length, causal=False, **config.model
+    vocab_size=tokenizer.vocab_size + 1,  # and the mask
+    max_length=config.data.row_length,
+    causal=False,
+    **config.model,
   )
-  model = transformer.transformer(model_config)
   mask_schedule = fields.choose("loss.schedule", config.loss.schedule, unmasking.SCHEDULES)()
   schedule, optimizer = fields.optimizer_of(config)
   experiment = Experiment(
@@ -163,21 +143,41 @@ def build(config: fields.Config) -> Experiment:
     task,
     tokenizer,
     model_config,
-    model,
+    None,
     mask_schedule,
-    *_sources(config, task, tokenizer),
+    *language.sources(config, task, tokenizer, _example),
     _rows(config, task, tokenizer),
-    _loss(config, model, mask, mask_schedule),
+    None,
     schedule,
     optimizer,
     fields.averaging_of(config),
-    lambda key: model.init(key, jnp.zeros((1, 1), jnp.int32)),
+    init_params=None,
     score=None,
   )
+  experiment = with_model(experiment, model_config)
   return experiment._replace(score=scores(experiment))
 
 
-stepping, share, flops = supervised.stepping, supervised.share, supervised.flops
+def with_model(experiment: Experiment, c: transformer.TransformerConfig) -> Experiment:
+  """The experiment with another network: its model, loss and untrained parameters."""
+  model = transformer.transformer(c)
+  return experiment._replace(
+    model_config=c,
+    model=model,
+    loss_fn=_loss(experiment.config, model, c.vocab_size - 1, experiment.mask_schedule),
+    init_params=lambda key: model.init(key, jnp.zeros((1, 1), jnp.int32)),
+  )
+
+
+stepping, share = supervised.stepping, supervised.share
+
+
+def flops(experiment: Experiment, abstract: state_lib.TrainState, shares: int, batch: Any) -> int:
+  """See `experiment.Kind` and `supervised.loss_flops`, however attention is computed."""
+  del abstract
+  c = dataclasses.replace(experiment.model_config, attention="exact")
+  loss_fn = with_model(experiment, c).loss_fn
+  return supervised.loss_flops(loss_fn, experiment.init_params, shares, batch)
 
 
 def rules(experiment: Experiment) -> tuple[partition.Rule, ...]:
@@ -223,16 +223,21 @@ def _check_length(experiment: Experiment, length: int) -> None:
     raise ValueError(f"The model has blocks of {block} tokens, and {length} are not whole blocks.")
 
 
-def infilling(experiment: Experiment, prompt: str) -> fillings.Query:
-  """A text whose blanks are to be filled in, in the rows that the task's model has learned.
+def infilling(experiment: Experiment, prompt: str, blank: str = blanks.BLANK) -> fillings.Query:
+  """A text whose blanks are to be filled in, a token each, in rows as the task's model learned.
+
+  Args:
+    experiment: whose tokens, and rows.
+    prompt: a text.
+    blank: what stands for a blank in it.
 
   Raises:
-    ValueError: it has no blank, or no room, or its tokens are not characters.
+    ValueError: it has no blank, or no room.
   """
   tokenizer, length = experiment.tokenizer, experiment.config.data.row_length
-  if blanks.BLANK not in prompt:
-    raise ValueError(f"The prompt {prompt!r} has no blank ({blanks.BLANK}) to be filled in.")
-  shown = blanks.tokens(tokenizer, prompt)
+  if blank not in prompt:
+    raise ValueError(f"The prompt {prompt!r} has no blank ({blank}) to be filled in.")
+  shown = blanks.tokens(tokenizer, prompt, blank)
   if experiment.task is None:  # texts do not begin and end with a row
     shown = shown[tokenizer.adds_bos :]
     _check_length(experiment, len(shown))

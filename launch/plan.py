@@ -9,7 +9,6 @@ Parameters and what the optimiser keeps are exact. The peak of a step is read of
 """
 
 import dataclasses
-import functools
 import json
 import math
 from collections.abc import Sequence
@@ -22,8 +21,8 @@ import rich.table
 from absl import flags as absl_flags
 from jax.sharding import AbstractMesh
 
-from ..models import partition, transformer
-from ..training import budget, chips, data, likelihood, memory, sharding
+from ..models import partition
+from ..training import budget, chips, data, memory, sharding
 from . import adapters, fields, flags, language, supervised
 from . import experiment as experiment_lib
 
@@ -69,7 +68,7 @@ def plan(config: fields.Config, chip: chips.Chip, num_devices: int) -> Plan:
   parts = partition.row_parts(mesh)
   supervised.check_batch(config, mesh)
   rows = config.train.batch_size / parts / mesh.shape["sequence"]
-  share = _share(experiment, mesh.shape["tensor"])
+  share = _share(kind, experiment, mesh.shape["tensor"])
   frozen = _frozen(experiment, mesh)
   own = budget.held(abstract, frozen)
   peak = budget.peak(
@@ -90,7 +89,7 @@ def plan(config: fields.Config, chip: chips.Chip, num_devices: int) -> Plan:
     remade=config.model.get("remat", "none") != "none",
     layers=_layers(experiment, batch),
   )
-  flops = supervised.flops(experiment, abstract, 1, batch, frozen)
+  flops = supervised.flops(_readable(kind, experiment), abstract, 1, batch, frozen)
   return Plan(
     num_params,
     dict(mesh.shape),
@@ -129,7 +128,16 @@ def _without_tensor(mesh: AbstractMesh) -> AbstractMesh:
   return AbstractMesh((*mesh.axis_sizes[:-1], 1), partition.AXES)
 
 
-def _share(experiment: Any, tensor: int) -> Any:
+def _readable(kind: experiment_lib.Kind, experiment: Any) -> Any:
+  """The experiment with attention whose FLOPs can be read: as many as of a kernel."""
+  if not hasattr(experiment, "model_config"):
+    return experiment
+  return kind.with_model(
+    experiment, dataclasses.replace(experiment.model_config, attention="exact")
+  )
+
+
+def _share(kind: experiment_lib.Kind, experiment: Any, tensor: int) -> Any:
   """The experiment with the part of a transformer that one device along "tensor" has."""
   config = getattr(experiment, "model_config", None)
   if config is None or tensor == 1:
@@ -143,14 +151,7 @@ def _share(experiment: Any, tensor: int) -> Any:
     mlp_width=part(c.mlp_width),
     vocab_size=part(c.vocab_size),
   )
-  model = transformer.transformer(share)
-  made = experiment._replace(
-    model_config=share,
-    model=model,
-    loss_fn=likelihood.next_token(model, **experiment.config.loss),
-  )
-  init = functools.partial(language.init_model, made)
-  return made._replace(init_params=adapters.init_params(experiment.config, init))
+  return kind.with_model(experiment, share)
 
 
 def _layers(experiment: Any, batch: Any) -> budget.Layers | None:
@@ -167,6 +168,8 @@ def _layers(experiment: Any, batch: Any) -> budget.Layers | None:
 
 def _cache(share: Any, parts: int) -> int:
   if not hasattr(share, "model_config"):
+    return 0
+  if not share.model_config.causal and share.config.loss.get("block_length") is None:
     return 0
   rows = -(-share.config.evaluation.batch_size // parts)
   max_length = share.model_config.max_length

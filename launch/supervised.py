@@ -57,6 +57,17 @@ def flops(
   return cost.flops(run, frozen, jax.random.key(0), abstract, whole_batch(batch, shares))
 
 
+def loss_flops(
+  loss_fn: step.LossFn, init: Callable[[jax.Array], Any], shares: int, batch: Any
+) -> int:
+  """Three times the loss's FLOPs, since the gradients of a product cost two of it.
+
+  What is made again backward does not count.
+  """
+  params = jax.eval_shape(init, jax.random.key(0))
+  return 3 * cost.flops(loss_fn, jax.random.key(0), params, whole_batch(batch, shares))
+
+
 def whole_batch(batch: Any, shares: int) -> Any:
   """Shapes of the batch of which this is one of `shares` parts."""
   whole = lambda x: jax.ShapeDtypeStruct(

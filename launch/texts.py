@@ -33,7 +33,9 @@ from absl import flags as absl_flags
 from ..evaluation import attempts
 from ..models import quantised
 from ..sampling import decode, serve
+from ..tasks import base as tasks
 from ..tasks import chat
+from ..training import fingerprint
 from . import decoding, draws, flags, language, pretrained, records
 from . import experiment as experiment_lib
 
@@ -164,9 +166,9 @@ def asks_of(
   _check_room(experiment, max_new_tokens)
   judges = []
   if NUM_PROBLEMS.value:
-    problems = _problems(experiment)
-    lines = [Line(problem.prompt, max_new_tokens) for problem in problems]
-    judges = [_verifier(experiment.task, problem) for problem in problems]
+    found = problems(experiment, language.held_out_problems)
+    lines = [Line(problem.prompt, max_new_tokens) for problem in found]
+    judges = [_verifier(experiment.task, problem) for problem in found]
   else:
     lines = lines_of(max_new_tokens)
     if not lines:
@@ -216,11 +218,22 @@ def _check_room(experiment, max_new_tokens: int) -> None:
     )
 
 
-def _problems(experiment) -> list:
+def problems(
+  experiment: Any, held_out: Callable[[Any, int], list[tasks.Problem]]
+) -> list[tasks.Problem]:
+  """The --num_problems held-out problems, of all levels and the last of them the highest.
+
+  Args:
+    experiment: whose task.
+    held_out: (experiment, how many of each level) -> problems.
+
+  Raises:
+    ValueError: there is no task.
+  """
   if experiment.task is None:
     raise ValueError("--num_problems needs a task, and this model has none: give --prompt.")
   per_level = -(-NUM_PROBLEMS.value // len(experiment.config.task.levels))
-  return language.held_out_problems(experiment, per_level)[-NUM_PROBLEMS.value :]
+  return held_out(experiment, per_level)[-NUM_PROBLEMS.value :]
 
 
 def _verifier(task, problem):
@@ -291,6 +304,11 @@ def _of_run(wanted: Mapping[str, Any]):
   return experiment, params, {"step": step, "last": flags.LAST.value}
 
 
+def digest(params: Any) -> str:
+  """What tells parameters from others in records, so that two models do not share an output."""
+  return f"{int(fingerprint.digest(params)):08x}"
+
+
 def checked_output() -> pathlib.Path | None:
   """The file that samples go to; None is the screen.
 
@@ -320,6 +338,7 @@ def _prepare(restore: Restore, template: Callable[[], chat.Template | None]):
     raise ValueError("--stop is for prompts; answers have their own end: leave it out.")
   chosen = template()
   experiment, params, origin = restore()
+  origin |= {"params": digest(params)}
   experiment = _limited(experiment)
   if _QUANTISE.value:
     params = quantised.quantise(params, _FORMATS[_QUANTISE.value])

@@ -6,8 +6,8 @@
 --sampler=ordered --order=margin            one token a call, in the order of a score
 --sampler=ordered --entropy_bound=.5        as many as are nearly independent
 --sampler=ordered --order=max_probability --threshold=.9    all that are likely enough
---block=8                                   blocks of 8 from left to right, within any of these
---guidance=2                                away from the law without the prompt, with any of these
+--block=8                                   first_hitting, ordered: blocks of 8 from left to right
+--guidance=2                                all: away from the law without the prompt
 """
 
 import functools
@@ -96,6 +96,8 @@ def section() -> dict[str, Any]:
 def chosen(config: fields.Config) -> fields.Config:
   """`config.evaluation.unmasking` with what the flags say instead, checked.
 
+  What the configuration says for another sampler than the flags' is left out.
+
   Raises:
     ValueError: a flag means nothing to the sampler, or beside another.
   """
@@ -103,34 +105,75 @@ def chosen(config: fields.Config) -> fields.Config:
   given = {name: flag.value for name, flag in _FLAGS.items() if flag.value is not None}
   with made.unlocked():
     made.update(given)
-  for name in given.keys() - {"sampler", "guidance", *SAMPLERS[made.sampler]}:
-    readers = " or ".join(sampler for sampler, reads in SAMPLERS.items() if name in reads)
-    raise ValueError(f"--{name} means nothing to the sampler {made.sampler}: --sampler={readers}.")
-  for name, other in (
-    ("per_step", "threshold"),
-    ("per_step", "entropy_bound"),
-    ("order", "entropy_bound"),
-  ):
-    if name in given and made[other] is not None:
-      raise ValueError(f"--{name} means nothing beside {other}: leave one of them out.")
-  check(made, config.loss.block_length)
+    unread = [name for name in DEFAULTS if name not in _read_by(made)]
+    for name in unread:
+      if name in given:
+        raise ValueError(f"--{name} means nothing {_why(made, name)}.")
+      made[name] = DEFAULTS[name]
+  check(made, config)
   return made
 
 
-def check(c: fields.Config, trained_block: int | None = None) -> None:
-  """Raises ValueError where `c`, of the section's fields, does not say how to fill masks in.
+def _read_by(c: fields.Config) -> tuple[str, ...]:
+  """The fields of the section that its sampler reads."""
+  reads = ("sampler", "guidance", *SAMPLERS.get(c.sampler, ()))
+  if c.sampler != "ordered":
+    return reads
+  instead = ()
+  if c.threshold is not None:
+    instead = ("per_step",)
+  elif c.entropy_bound is not None:
+    instead = ("per_step", "order")
+  return tuple(name for name in reads if name not in instead)
+
+
+def _why(c: fields.Config, name: str) -> str:
+  """What `name` means nothing to, or beside, and what would be right."""
+  if name in SAMPLERS[c.sampler]:
+    other = "entropy_bound" if c.threshold is None else "threshold"
+    return f"beside {other}: leave one of them out"
+  readers = " or ".join(sampler for sampler, reads in SAMPLERS.items() if name in reads)
+  return f"to the sampler {c.sampler}: sampler={readers} reads it"
+
+
+def check(c: fields.Config, config: fields.Config) -> None:
+  """Raises ValueError where a section does not say how this model fills masks in.
 
   Args:
-    c: the section.
-    trained_block: the length of the blocks that the model was trained in, if it was.
+    c: the section, `config.evaluation.unmasking` or what flags make of it.
+    config: of the model.
   """
   where = "evaluation.unmasking"
   fields.choose(f"{where}.sampler", c.sampler, SAMPLERS)
   fields.choose(f"{where}.order", c.order, ORDERS)
+  _check_numbers(c, where)
+  trained = config.loss.block_length
+  if trained is not None:
+    fields.require(
+      c.sampler not in GRIDDED and c.block == trained,
+      f"loss.block_length is {trained}: {where}.block has to be that too, and the sampler "
+      "first_hitting or ordered",
+    )
+    unguided = f"loss.block_length is {trained}: {where}.guidance is not for models of blocks"
+    fields.require(c.guidance == 1, unguided)
+  for name in DEFAULTS:
+    unread = name not in _read_by(c) and c[name] != DEFAULTS[name]
+    fields.require(not unread, f"{where}.{name} means nothing {_why(c, name) if unread else ''}")
+  knows = "task" not in config or config.loss.unconditional > 0
   fields.require(
-    c.threshold is None or c.order in _FROM_0_TO_1,
-    f"{where}.threshold is of scores from 0 to 1; order has to be one of {', '.join(_FROM_0_TO_1)}",
+    knows or c.guidance == 1,
+    f"{where}.guidance is {c.guidance}, and the model has never seen a masked prompt: train it "
+    "with loss.unconditional=0.1",
   )
+
+
+def _check_numbers(c: fields.Config, where: str) -> None:
+  if c.threshold is not None:
+    on_scale = c.order in _FROM_0_TO_1 and 0 <= c.threshold <= 1
+    orders = ", ".join(_FROM_0_TO_1)
+    fields.require(
+      on_scale, f"{where}.threshold is of scores from 0 to 1; order has to be one of {orders}"
+    )
   both = None not in (c.threshold, c.entropy_bound)
   fields.require(not both, f"{where} has a threshold and an entropy_bound; give one")
   bound = c.entropy_bound
@@ -140,18 +183,6 @@ def check(c: fields.Config, trained_block: int | None = None) -> None:
     fields.require(least, f"{where}.{name} is {c[name]}; it is at least 1")
   fields.require(c.guidance >= 0, f"{where}.guidance is {c.guidance}; it is at least 0")
   fields.require(0 <= c.remask <= 1, f"{where}.remask is {c.remask}; it is from 0 to 1")
-  gridded = c.sampler in GRIDDED
-  if trained_block is not None:
-    fields.require(
-      not gridded and c.block == trained_block,
-      f"loss.block_length is {trained_block}: {where}.block has to be that too, and the sampler "
-      "first_hitting or ordered",
-    )
-    unguided = f"loss.block_length is {trained_block}: {where}.guidance is not for models of blocks"
-    fields.require(c.guidance == 1, unguided)
-  fields.require(
-    not (gridded and c.block), f"{where}.sampler={c.sampler!r} has no blocks; leave block unset"
-  )
 
 
 def _rule(c: fields.Config) -> masked.Rule:

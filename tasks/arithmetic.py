@@ -221,6 +221,11 @@ FORMATS = {
   "detailed": detailed_format,
 }
 OPERATIONS = {
+  "addition": ADDITION,
+  "subtraction": SUBTRACTION,
+  "multiplication": MULTIPLICATION,
+}
+TASKS = {
   "addition": addition,
   "subtraction": subtraction,
   "multiplication": multiplication,

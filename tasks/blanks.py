@@ -138,15 +138,9 @@ def pattern(prompt: str) -> np.ndarray:
   return np.array([character == BLANK for character in prompt], bool)
 
 
-def tokens(code: tokenizer.Tokenizer, prompt: str) -> list[int]:
-  """The prompt as a masked model reads it, blanks as the mask, `code.vocab_size`.
-
-  Raises:
-    ValueError: the tokenizer has not one token for each character, so blanks have no length.
-  """
-  shown = [code.encode(part) for part in prompt.split(BLANK)]
-  if sum(map(len, shown)) + prompt.count(BLANK) != len(prompt):
-    raise ValueError("Blanks need one token per character; use a tokenizer of characters.")
+def tokens(code: tokenizer.Tokenizer, prompt: str, blank: str = BLANK) -> list[int]:
+  """The prompt as a masked model reads it, each blank the mask, `code.vocab_size`: one token."""
+  shown = [code.encode(part) for part in prompt.split(blank)]
   filled = [code.bos] if code.adds_bos else []
   for i, part in enumerate(shown):
     filled += [code.vocab_size, *part] if i else part

@@ -9,10 +9,11 @@ Every puzzle has one solution, so an answer is right if it keeps the clues and b
 
 Level k: k blanks. Levels are uniform. Given the level, a solved grid is drawn, and its cells are
 blanked in uniform order wherever the solution stays the only one, until k are; where the order runs
-out before, all begins again. Solved grids of box side 2 are uniform over the 288 there are. Those
-of side 3 come from a depth-first search that fills the first cell with fewest candidates, trying
-them in uniform order: every grid may come, the law does not change when symbols are renamed, but it
-is not quite uniform.
+out before, all begins again, so that grids which allow many blanks come more often at the highest
+levels. The grids of box side 2 are drawn uniformly from the 288 there are. Those of side 3 come
+from a depth-first search that fills the first cell with fewest candidates, trying them in uniform
+order: every grid may come, the law does not change when symbols are renamed, but it is not quite
+uniform.
 """
 
 import functools

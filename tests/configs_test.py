@@ -3,6 +3,7 @@
 import contextlib
 import importlib
 import math
+import pathlib
 import re
 
 import jax
@@ -22,6 +23,7 @@ from ancestral.launch import (
   filled_answers,
   held_out,
   language,
+  masked,
   train,
   unmasking,
 )
@@ -104,6 +106,25 @@ def test_a_misspelt_variant(module, wrong):
   assert "\n" not in str(error.value)
 
 
+@pytest.mark.parametrize(
+  "name", [path.stem for path in pathlib.Path(text.__file__).parent.glob("[a-z]*.py")]
+)
+def test_two_configurations_share_nothing(name):
+  """A field without a value is a reference: one of two owners would set it for both."""
+  module = importlib.import_module(f"ancestral.configs.{name}")
+  one, other = module.get_config(), module.get_config()
+  value = {int: 1, float: 1.0, tuple: (1,)}
+  with one.unlocked():
+    for path in leaves(one):
+      *sections, field = path.split(".")
+      section, twin = one, other
+      for inner in sections:
+        section, twin = section[inner], twin[inner]
+      if section[field] is None:
+        section[field] = value[section.get_type(field)]
+        assert twin[field] is None, path
+
+
 def leaves(config, path=""):
   for name in config:
     inner = f"{path}{name}"
@@ -123,7 +144,13 @@ class Reads:
       ml_collections.ConfigDict, "__getitem__", lambda config, name: self.read(config, name)
     )
     # These look at every field, for nobody.
-    for module, whole in ((fields, "to_json"), (fields, "check"), (language, "_check")):
+    for module, whole in (
+      (fields, "to_json"),
+      (fields, "check"),
+      (language, "_check"),
+      (masked, "_check"),
+      (unmasking, "check"),
+    ):
       monkeypatch.setattr(module, whole, self.mute(getattr(module, whole)))
 
   def mute(self, function):
@@ -229,6 +256,23 @@ def test_every_field_of_a_masked_model_is_read(variant, tmp_path, monkeypatch, c
   monkeypatch.setattr(unmasking, "_FLAGS", {})  # not parsed
   console = rich.console.Console(quiet=True)
   assert filled_answers.evaluate(built, params, str(tmp_path / "run"), console)
+  blockwise = config.loss.block_length is not None
+  keys, tokens = (
+    jax.random.split(jax.random.key(0), 1),
+    np.full((1, config.data.row_length), built.mask),
+  )
+  for settings in (
+    {"sampler": "ordered"},
+    {"order": "margin", "threshold": 0.5},
+    {"threshold": None, "entropy_bound": 0.5},
+    *(() if blockwise else ({"sampler": "ancestral"}, {"sampler": "remasking"})),
+  ):
+    config.evaluation.unmasking.update(settings)
+    fill = masked.filler(built, logits.temperature, config.evaluation.unmasking)
+    assert not np.any(fill(params, 1.0, keys, tokens).tokens == built.mask)
+  if blockwise:  # refused with blocks
+    expected -= {f"evaluation.unmasking.{name}" for name in ("steps", "remask", "guidance")}
+    expected -= {"loss.unconditional"}
   expected -= {"tokenizer.path"}  # read where the tokenizer is a file
   assert expected - reads.found == set()
 

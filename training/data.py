@@ -51,15 +51,25 @@ def example(tokenizer: Any, prompt: str, answer: str, index: int) -> Example:
   return {"tokens": np.asarray(head + tail, np.int32), "mask": mask, "index": index}
 
 
-def task_source(task, seed: int, *, size: int = 2**31 - 1) -> Source:
-  """Examples of a task: item i is `task.problem(default_rng((seed, i)))`, encoded.
+def answered(tokenizer: Any, problem: Any, index: int) -> Example:
+  """The `example` of a problem and its answer."""
+  return example(tokenizer, problem.prompt, problem.answer, index)
 
-  The sequence is [bos] prompt answer [eos]; only answer and eos are to be predicted.
+
+def task_source(
+  task,
+  seed: int,
+  *,
+  size: int = 2**31 - 1,
+  example_of: Callable[[Any, Any, int], Example] = answered,
+) -> Source:
+  """Examples of a task: item i is `task.problem(default_rng((seed, i)))`, encoded.
 
   Args:
     task: has `problem(generator) -> Problem(prompt, answer, ...)` and `tokenizer`.
     seed: non-negative; different seeds give different problems.
     size: number of problems in an epoch.
+    example_of: (tokenizer, problem, index) -> example.
 
   Returns:
     A Source of examples.
@@ -67,7 +77,7 @@ def task_source(task, seed: int, *, size: int = 2**31 - 1) -> Source:
 
   def item(index):
     problem = task.problem(np.random.default_rng((seed, index)))
-    return example(task.tokenizer, problem.prompt, problem.answer, index)
+    return example_of(task.tokenizer, problem, index)
 
   return Source(size, item)
 

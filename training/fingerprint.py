@@ -1,5 +1,7 @@
 """Fingerprints of arrays, computed where the arrays are."""
 
+from typing import Any
+
 import jax
 import jax.numpy as jnp
 
@@ -36,3 +38,9 @@ def checksum(x: jax.Array) -> jax.Array:
   for axis, size in enumerate(words.shape):
     index = index * jnp.uint32(size) + jax.lax.broadcasted_iota(jnp.uint32, words.shape, axis)
   return jnp.sum(_mix(words.astype(jnp.uint32) ^ _mix(index + jnp.uint32(1))), dtype=jnp.uint32)
+
+
+@jax.jit
+def digest(tree: Any) -> jax.Array:
+  """The checksum of the checksums of a tree's arrays, in the order of its leaves; [] uint32."""
+  return checksum(jnp.stack([checksum(leaf) for leaf in jax.tree.leaves(tree)]))

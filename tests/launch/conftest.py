@@ -121,3 +121,44 @@ def trained(command, tiny, trained_folder):
   if not trained_folder.exists():
     assert command(train, f"--workdir={trained_folder}", *tiny()).status == 0
   return trained_folder
+
+
+@pytest.fixture(scope="session")
+def masked_texts(tmp_path_factory):
+  folder = tmp_path_factory.mktemp("texts")
+  for i in range(20):
+    (folder / f"{i}.txt").write_text(f"the number {i} comes after {i - 1} " * 8)
+  return folder
+
+
+@pytest.fixture
+def masked_arguments(tiny, masked_texts):
+  """Arguments of a run of a variant that takes seconds."""
+
+  def arguments(variant, **changes):
+    settings = {"model__num_layers": 1, **changes}
+    if not variant.startswith(("arithmetic", "sudoku")):
+      settings |= {"data__folder": masked_texts, "data__pattern": "*.txt", "data__row_length": 32}
+    return tiny(f"masked_lm.py:{variant}", **settings)
+
+  return arguments
+
+
+@pytest.fixture(scope="session")
+def masked_runs(tmp_path_factory):
+  return tmp_path_factory.mktemp("masked")
+
+
+@pytest.fixture
+def masked_run(command, masked_arguments, masked_runs):
+  """The workdir of a trained run of a variant, made once; that of sums knows masked prompts."""
+
+  def workdir(variant):
+    path = masked_runs / variant
+    if not path.exists():
+      changes = {"loss__unconditional": 0.1} if variant == "arithmetic" else {}
+      outcome = command(train, f"--workdir={path}", *masked_arguments(variant, **changes))
+      assert outcome.status == 0, outcome.err
+    return path
+
+  return workdir

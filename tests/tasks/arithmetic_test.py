@@ -8,11 +8,11 @@ import pytest
 from ancestral.tasks import arithmetic, base
 
 OPERATORS = {"addition": operator.add, "subtraction": operator.sub, "multiplication": operator.mul}
-PAIRS = [(o, f) for o in arithmetic.OPERATIONS for f in arithmetic.FORMATS]
+PAIRS = [(o, f) for o in arithmetic.TASKS for f in arithmetic.FORMATS]
 
 
 def _task(operation, style, levels=(1, 2, 3, 4)):
-  return arithmetic.OPERATIONS[operation](style=arithmetic.FORMATS[style], levels=levels)
+  return arithmetic.TASKS[operation](style=arithmetic.FORMATS[style], levels=levels)
 
 
 def _ask(operation, style, a, b):

@@ -37,7 +37,7 @@ def test_an_empty_side_is_an_error_that_names_the_level():
     task.problem(np.random.default_rng(0))
 
 
-@pytest.mark.parametrize("operation", arithmetic.OPERATIONS.values(), ids=arithmetic.OPERATIONS)
+@pytest.mark.parametrize("operation", arithmetic.TASKS.values(), ids=arithmetic.TASKS)
 def test_small_levels_are_disjoint_and_complete(operation):
   task = operation(levels=(1,))
   keys = {
@@ -53,7 +53,7 @@ def test_small_levels_are_disjoint_and_complete(operation):
 
 
 def _sides(seed, counts, **options):
-  for name, operation in arithmetic.OPERATIONS.items():
+  for name, operation in arithmetic.TASKS.items():
     for split, count in counts.items():
       task = base.restrict(operation(levels=(1, 2, 3), **options), split)
       yield name, split, base.problems(task, seed, count)
@@ -67,7 +67,7 @@ def test_large_samples_are_disjoint_in_every_format_and_order():
       if name != "subtraction":
         pairs |= {(b, a) for a, b in pairs}
       asked[name, split] = asked.get((name, split), set()) | pairs
-  for name in arithmetic.OPERATIONS:
+  for name in arithmetic.TASKS:
     assert len(asked[name, "test"]) > 100
     assert not asked[name, "train"] & asked[name, "test"]
 
