@@ -13,7 +13,6 @@ held-out problems with their 95% intervals, and calls of the network a problem. 
 blanks anywhere are what the causal model cannot be asked.
 """
 
-import math
 from collections.abc import Sequence
 
 import jax
@@ -21,7 +20,7 @@ import ml_collections
 import numpy as np
 from absl import app, flags
 
-from ancestral.evaluation import attempts, fillings
+from ancestral.evaluation import attempts, coverage, fillings
 from ancestral.launch import experiment as experiment_lib
 from ancestral.launch import language, masked, unmasking
 from ancestral.sampling import logits
@@ -50,9 +49,9 @@ ORDERS = {
 
 
 def share(right: Sequence[bool]) -> str:
-  """A mean, with the half width of its 95% interval."""
-  mean = float(np.mean(right))
-  return f"{mean:.3f} +- {1.96 * math.sqrt(mean * (1 - mean) / len(right)):.3f}"
+  """A mean, with its 95% interval by Wilson."""
+  low, high = coverage.wilson_interval(sum(right), len(right))
+  return f"{np.mean(right):.3f} ({low:.3f} to {high:.3f})"
 
 
 def filled(experiment: masked.Experiment, params, problems, temperature: float, **settings):
