@@ -118,7 +118,7 @@ def test_tokens_have_the_mask_where_the_prompt_has_a_blank():
   np.testing.assert_array_equal(np.array(found[1:])[~hidden], whole[~hidden])
   assert blanks.tokens(code._replace(adds_bos=False), "1_") == [*code.encode("1"), mask]
   code = tokenizer.bytes_level()  # a blank is a token, whatever the others are
-  assert blanks.tokens(code, "é_*", "*") == [*code.encode("é_"), code.vocab_size]
+  assert blanks.tokens(code, "é_*", "*") == [code.bos, *code.encode("é_"), code.vocab_size]
 
 
 def test_levels_keys_and_sides_are_the_inner_tasks():
