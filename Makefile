@@ -14,7 +14,7 @@ PYTHON ?= python3
 VENV ?= .venv
 BIN := $(VENV)/bin
 WORKDIR ?= runs/quickstart
-PYTEST_FLAGS ?= -q -n 2
+PYTEST_FLAGS ?= -q -n 2 --dist worksteal
 
 # Read, not imported: their losses are taken out of the source (tests/parity/extracted.py).
 PUBLISHED := trl==0.24.0 verl==0.9.1 openrlhf==0.11.2

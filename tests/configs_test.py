@@ -202,7 +202,7 @@ def test_every_field_of_the_data_is_read_by_something(variant, tmp_path, texts, 
 
 
 @pytest.mark.parametrize("module, variant", [("arithmetic", "tiny"), ("text", "folder")])
-def test_every_field_is_read_by_something(module, variant, tmp_path, monkeypatch, compiles_quickly):
+def test_every_field_is_read_by_something(module, variant, tmp_path, monkeypatch):
   config = config_of(module, variant, tmp_path)
   config.update(TINY)
   if module == "text":
@@ -240,7 +240,7 @@ def test_every_field_is_read_by_something(module, variant, tmp_path, monkeypatch
 
 
 @pytest.mark.parametrize("variant", ["arithmetic", "sudoku4", "text", "blocks"])
-def test_every_field_of_a_masked_model_is_read(variant, tmp_path, monkeypatch, compiles_quickly):
+def test_every_field_of_a_masked_model_is_read(variant, tmp_path, monkeypatch):
   config = masked_lm.get_config(variant)
   config.update(TINY)
   config.evaluation.update(batch_size=4)

@@ -12,8 +12,6 @@ from conformance_cases import CASES, Case
 import targets
 from ancestral.sampling import base, sharded
 
-pytestmark = pytest.mark.usefixtures("compiles_quickly")
-
 
 class Compiled(NamedTuple):
   case: Case

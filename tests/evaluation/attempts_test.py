@@ -12,8 +12,6 @@ from ancestral.sampling import decode
 from ancestral.tasks import base as tasks
 from ancestral.tasks import tokenizer as tokenizers
 
-pytestmark = pytest.mark.usefixtures("compiles_quickly")
-
 TOKENIZER = tokenizers.characters("01")  # pad, bos, eos, then 3 and 4
 PAD, BOS, EOS = range(3)
 # Nothing leads to pad or bos; a continuation ends with probability 0.3.

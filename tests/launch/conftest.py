@@ -21,8 +21,8 @@ def compiled(tmp_path_factory):
 
 
 @pytest.fixture(autouse=True)
-def compiles_quickly(compiled, monkeypatch):
-  """Programs are compiled without optimisations and once, for other processes too."""
+def compiles_once(compiled, monkeypatch):
+  """Programs are compiled once, and without optimisations, in other processes too."""
   settings = {
     "jax_disable_most_optimizations": True,
     "jax_compilation_cache_dir": str(compiled),

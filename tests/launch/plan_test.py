@@ -73,15 +73,6 @@ def check(config, tolerance):
   )
 
 
-@pytest.fixture
-def optimised():
-  """The programs that users run: elsewhere tests compile without optimisations."""
-  before = jax.config.values["jax_disable_most_optimizations"]
-  jax.config.update("jax_disable_most_optimizations", False)
-  yield
-  jax.config.update("jax_disable_most_optimizations", before)
-
-
 @pytest.mark.parametrize("name", CASES)
 def test_memory_is_that_of_the_compiled_step(name, optimised):
   check(CASES[name](), 0.1)
@@ -91,7 +82,7 @@ MESHES = [{}, {"fsdp": 8}, {"tensor": 4}, {"fsdp": 2, "tensor": 2}, {"sequence":
 
 
 @pytest.mark.parametrize("sizes", MESHES)
-def eight_devices_hold_what_the_plan_says(sizes):
+def eight_devices_hold_what_the_plan_says(sizes, optimised):
   """Exactly, of what lives on; within 20% at the peak."""
   check(changed(text.get_config(), **{f"mesh__{axis}": n for axis, n in sizes.items()}), 0.2)
 

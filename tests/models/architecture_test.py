@@ -11,8 +11,6 @@ import pytest
 import targets
 from ancestral.models import base, rotary, transformer
 
-pytestmark = pytest.mark.usefixtures("compiles_quickly")
-
 LLAMA3 = {
   "rope_type": "llama3",
   "factor": 4.0,

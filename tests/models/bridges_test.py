@@ -9,8 +9,6 @@ import scipy.stats
 
 from ancestral.models import bridges
 
-pytestmark = pytest.mark.usefixtures("compiles_quickly")
-
 
 def random_bridge(num=3, dim=2, seed=0, dtype="float64"):
   rng = np.random.default_rng(seed)

@@ -3,12 +3,9 @@
 import jax
 import jax.numpy as jnp
 import numpy as np
-import pytest
 
 import targets
 from ancestral.models import confidence
-
-pytestmark = pytest.mark.usefixtures("compiles_quickly")
 
 RNG = np.random.default_rng(0)
 LOGITS = jnp.asarray(2 * RNG.normal(size=(2, 3, 7)), jnp.float32).at[0, 0, 4].set(-jnp.inf)

@@ -10,8 +10,6 @@ import pytest
 
 from ancestral.models import base, dit, embeddings, layers
 
-pytestmark = pytest.mark.usefixtures("compiles_quickly")
-
 SHAPE, PATCH, WIDTH, HEADS, TEXT = (4, 6, 2), 2, 16, 2, 5
 X = jnp.asarray(np.random.default_rng(0).normal(size=(3, *SHAPE)), jnp.float32)
 LEVEL = jnp.array([3.0, 400.0, 900.0])

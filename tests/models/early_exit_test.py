@@ -9,8 +9,6 @@ import targets
 from ancestral.models import early_exit, transformer
 from ancestral.sampling import decode, drafting, logits, speculative
 
-pytestmark = pytest.mark.usefixtures("compiles_quickly")
-
 TOKENS = jnp.asarray(np.random.default_rng(0).integers(0, 23, (3, 9)), jnp.int32)
 ROWS = [[3, 1, 4], [1], [5, 9, 2, 6, 5, 3, 5], [8, 9, 7, 9], [3, 2]]
 CONFIG = targets.tiny_config(num_layers=3)

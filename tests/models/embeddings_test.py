@@ -9,8 +9,6 @@ import pytest
 
 from ancestral.models import base, embeddings
 
-pytestmark = pytest.mark.usefixtures("compiles_quickly")
-
 
 @pytest.mark.parametrize("shift, slowest", [(0.0, 1e4 ** (-4 / 5)), (1.0, 1e-4)])
 def test_sinusoidal_by_a_loop(shift, slowest):

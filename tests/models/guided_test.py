@@ -14,8 +14,6 @@ from ancestral.sampling import base as sampling
 from ancestral.sampling import decode
 from ancestral.sampling import logits as logits_lib
 
-pytestmark = pytest.mark.usefixtures("compiles_quickly")
-
 INF = np.inf
 PROMPTS = [[3, 1, 4, 1], [2], [0, 4, 2]]
 NEGATIVES = [[2, 2], [1, 0, 3, 4, 1], [4]]

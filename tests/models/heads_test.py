@@ -8,8 +8,6 @@ from scipy import stats
 
 from ancestral.models import gaussian, heads, transformer
 
-pytestmark = pytest.mark.usefixtures("compiles_quickly")
-
 NUM = 20_000
 BETAS = (0.1, 0.3, 0.6)
 

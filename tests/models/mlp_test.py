@@ -9,8 +9,6 @@ import pytest
 
 from ancestral.models import base, embeddings, mlp
 
-pytestmark = pytest.mark.usefixtures("compiles_quickly")
-
 X = jnp.asarray(np.random.default_rng(0).normal(size=(4, 3)), jnp.float32)
 LEVEL = jnp.array([0.0, 50.0, 400.0, 950.0])
 LABELS = jnp.array([0, 1, 2, 1])

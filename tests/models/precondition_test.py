@@ -7,8 +7,6 @@ import pytest
 
 from ancestral.models import precondition, schedules, toy
 
-pytestmark = pytest.mark.usefixtures("compiles_quickly")
-
 SCHEDULES = {
   "variance exploding": schedules.variance_exploding(),
   "rectified flow": schedules.rectified_flow(),

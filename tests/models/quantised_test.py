@@ -28,20 +28,10 @@ VARIANTS = {
 TOKENS = jnp.asarray(np.random.default_rng(0).integers(0, 23, (3, 9)), jnp.int32)
 
 
-pytestmark = pytest.mark.usefixtures("compiles_quickly")
-
-
 @pytest.fixture(autouse=True)
 def exact():
   with jax.default_matmul_precision("highest"):
     yield
-
-
-@pytest.fixture
-def optimised():
-  jax.config.update("jax_disable_most_optimizations", False)
-  yield
-  jax.config.update("jax_disable_most_optimizations", True)
 
 
 def hard_kernel():

@@ -7,8 +7,6 @@ import pytest
 
 from ancestral.models import schedules
 
-pytestmark = pytest.mark.usefixtures("compiles_quickly")
-
 CHAIN = schedules.from_betas(schedules.linear_betas())
 ZERO_TERMINAL = schedules.from_betas(schedules.zero_terminal_snr(schedules.scaled_linear_betas()))
 

@@ -10,8 +10,6 @@ from scipy import stats
 
 from ancestral.models import schedules, tilted, toy
 
-pytestmark = pytest.mark.usefixtures("compiles_quickly")
-
 PRIOR = toy.GaussianMixture(
   jnp.array([0.3, 0.7]), jnp.array([[-1.0, 0.4], [0.8, -0.2]]), jnp.array([0.2, 0.5])
 )

@@ -11,8 +11,6 @@ import scipy.stats
 import targets
 from ancestral.models import base, schedules, toy
 
-pytestmark = pytest.mark.usefixtures("compiles_quickly")
-
 
 def law_by_model(model, params, prompt, vocab_size, num_tokens):
   """p(x_1 .. x_n | prompt), from one full pass over every continuation."""

@@ -10,8 +10,6 @@ import pytest
 import targets
 from ancestral.models import base, rotary, transformer
 
-pytestmark = pytest.mark.usefixtures("compiles_quickly")
-
 VARIANTS = {
   "multi_head": {"num_kv_heads": 4},
   "grouped": {},

@@ -10,8 +10,6 @@ import pytest
 
 from ancestral.models import base, unet
 
-pytestmark = pytest.mark.usefixtures("compiles_quickly")
-
 SHAPE = (4, 6, 2)
 X = jnp.asarray(np.random.default_rng(0).normal(size=(2, *SHAPE)), jnp.float32)
 LEVEL = jnp.array([3.0, 700.0])

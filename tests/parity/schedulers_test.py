@@ -14,7 +14,7 @@ from ancestral.models import toy
 from ancestral.sampling import base, grids, solvers, tables
 from parity import scheduler_pairs, schedulers
 
-pytestmark = [pytest.mark.peers, pytest.mark.usefixtures("compiles_quickly")]
+pytestmark = pytest.mark.peers
 
 
 def every_pair(steps=slice(None)):

@@ -9,8 +9,6 @@ import pytest
 
 from ancestral.sampling import acceptance, coupling
 
-pytestmark = pytest.mark.usefixtures("compiles_quickly")
-
 
 def log(p, dtype=jnp.float32):
   with np.errstate(divide="ignore"):

@@ -8,8 +8,6 @@ import pytest
 import targets
 from ancestral.sampling import base, beam
 
-pytestmark = pytest.mark.usefixtures("compiles_quickly")
-
 TARGET = targets.tiny_target(num_layers=1)
 REQUESTS = {0: (3, 1, 4), 1: (1,), 2: (5, 9, 2, 6, 5, 3, 5), 3: (8, 9, 7, 9), 4: (3, 2)}
 

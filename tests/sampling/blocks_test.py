@@ -10,8 +10,6 @@ from ancestral.models import base as models
 from ancestral.models import masked as masked_models
 from ancestral.sampling import base, blocks, masked, unmasking
 
-pytestmark = pytest.mark.usefixtures("compiles_quickly")
-
 V = targets.TINY["vocab_size"] - 1
 L = 8
 

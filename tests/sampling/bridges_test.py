@@ -13,8 +13,6 @@ import targets
 from ancestral.models import bridges as models
 from ancestral.sampling import base, bridges
 
-pytestmark = pytest.mark.usefixtures("compiles_quickly")
-
 EPS = 0.5
 
 

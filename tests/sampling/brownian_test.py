@@ -9,8 +9,6 @@ import targets
 from ancestral.models import schedules
 from ancestral.sampling import base, brownian, grids
 
-pytestmark = pytest.mark.usefixtures("compiles_quickly")
-
 VE = schedules.variance_exploding()
 LINEAR = schedules.linear()
 FLOW = schedules.rectified_flow()

@@ -15,8 +15,6 @@ import targets
 from ancestral.models import gaussian, heads, transformer
 from ancestral.sampling import base, continuous
 
-pytestmark = pytest.mark.usefixtures("compiles_quickly")
-
 NUM = 20_000
 
 

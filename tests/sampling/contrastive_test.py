@@ -12,8 +12,6 @@ from ancestral.models import base as model_base
 from ancestral.sampling import base, contrastive, decode
 from ancestral.sampling import logits as logits_lib
 
-pytestmark = pytest.mark.usefixtures("compiles_quickly")
-
 ROWS = [[3, 1, 4], [1], [5, 9, 2, 6, 5], [8, 9, 7, 9]]
 NEW = 8
 MAX = 5 + NEW

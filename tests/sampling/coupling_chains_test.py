@@ -12,8 +12,6 @@ import targets
 from ancestral.sampling import coupling
 from ancestral.sampling import logits as logits_lib
 
-pytestmark = pytest.mark.usefixtures("compiles_quickly")
-
 BINARY = (
   -1,
   -1,

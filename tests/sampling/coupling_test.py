@@ -12,8 +12,6 @@ from scipy import optimize
 import targets
 from ancestral.sampling import acceptance, coupling
 
-pytestmark = pytest.mark.usefixtures("compiles_quickly")
-
 REPLACING = {
   "maximal_one": (coupling.maximal_one, 1, acceptance.k_sequential_acceptance),
   "k_sequential 2": (coupling.k_sequential, 2, acceptance.k_sequential_acceptance),

@@ -10,8 +10,6 @@ from ancestral.models import toy
 from ancestral.sampling import base, decode, truncation
 from ancestral.sampling import logits as logits_lib
 
-pytestmark = pytest.mark.usefixtures("compiles_quickly")
-
 NUM = 200_000
 PROMPT = (2, 1)
 NEW = 3

@@ -17,8 +17,6 @@ from ancestral.sampling import (
   truncation,
 )
 
-pytestmark = pytest.mark.usefixtures("compiles_quickly")
-
 NUM, NEW, PROMPT = 30_000, 3, (2, 1)
 SIBLINGS = {
   "K-SEQ": (draft_trees.independent, None),

@@ -14,8 +14,6 @@ from ancestral.models import base as models
 from ancestral.models import eagle, transformer
 from ancestral.sampling import base, decode, features, feedback, logits, speculative
 
-pytestmark = pytest.mark.usefixtures("compiles_quickly")
-
 ROWS = [[3, 1, 4], [1], [5, 0, 2, 6, 5, 3, 5], [2, 4, 6, 1], [3, 2]]
 SMALL = {"num_layers": 1, "vocab_size": 7, "tied_embeddings": False}  # tied, it repeats itself
 

@@ -10,8 +10,6 @@ from ancestral.models import toy
 from ancestral.sampling import base, decode, feedback, truncation
 from ancestral.sampling import logits as logits_lib
 
-pytestmark = pytest.mark.usefixtures("compiles_quickly")
-
 INF = np.inf
 FACTORIES = {
   "mirostat": feedback.mirostat,

@@ -8,7 +8,7 @@ import pytest
 from ancestral.models import schedules, toy
 from ancestral.sampling import guidance
 
-pytestmark = pytest.mark.usefixtures("compiles_quickly", "double")
+pytestmark = pytest.mark.usefixtures("double")
 
 
 @pytest.fixture

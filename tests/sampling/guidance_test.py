@@ -8,7 +8,7 @@ import pytest
 from ancestral.models import precondition, schedules, toy
 from ancestral.sampling import base, guidance, solvers, tables
 
-pytestmark = pytest.mark.usefixtures("compiles_quickly", "double")
+pytestmark = pytest.mark.usefixtures("double")
 
 
 @pytest.fixture

@@ -12,8 +12,6 @@ import pytest
 from ancestral.sampling import history
 from ancestral.sampling import logits as logits_lib
 
-pytestmark = pytest.mark.usefixtures("compiles_quickly")
-
 INF = np.inf
 COUNTED = {
   "whole": (history.whole, lambda length, prompt: range(length)),

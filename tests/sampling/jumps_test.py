@@ -11,8 +11,6 @@ import targets
 from ancestral.models import mask_schedules, toy
 from ancestral.sampling import base, jumps, noises
 
-pytestmark = pytest.mark.usefixtures("compiles_quickly")
-
 V = 3
 SCHEDULE = mask_schedules.cosine()
 P = np.random.default_rng(0).dirichlet(np.ones(V), size=(1, 2))

@@ -13,8 +13,6 @@ from ancestral.models import base
 from ancestral.models import confidence as heads
 from ancestral.sampling import drafting, lengths, logits
 
-pytestmark = pytest.mark.usefixtures("compiles_quickly")
-
 COST = 1 + 0.05 * np.arange(4)  # of verifying, K = 3
 STAIRS = np.array([1, 1.5, 1.5, 1.5])  # where a first draft pays for those after it
 TWO = (np.array([0.97, 0.45]), np.array([0.6, 0.4]))

@@ -8,8 +8,6 @@ import pytest
 import targets
 from ancestral.sampling import coupling, lossy
 
-pytestmark = pytest.mark.usefixtures("compiles_quickly")
-
 
 def pair(seed, size=6):
   rng = np.random.default_rng(seed)

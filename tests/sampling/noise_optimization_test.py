@@ -9,7 +9,7 @@ import pytest
 from ancestral.models import schedules, toy
 from ancestral.sampling import ancestral, base, multistep, noise_optimization, noise_search
 
-pytestmark = pytest.mark.usefixtures("compiles_quickly", "double")
+pytestmark = pytest.mark.usefixtures("double")
 
 
 @pytest.fixture

@@ -12,8 +12,6 @@ from ancestral.models import base as models
 from ancestral.models import schedules, toy
 from ancestral.sampling import ancestral, base, grids, multistep, noise_search, solvers, tables
 
-pytestmark = pytest.mark.usefixtures("compiles_quickly")
-
 SCHEDULE = schedules.variance_exploding(10.0)
 FLOW = schedules.rectified_flow()
 MEAN, STD = jnp.array([[1.0, -0.5]]), 0.5

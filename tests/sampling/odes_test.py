@@ -12,8 +12,6 @@ import targets
 from ancestral.models import schedules, toy
 from ancestral.sampling import odes
 
-pytestmark = pytest.mark.usefixtures("compiles_quickly")
-
 VE = schedules.variance_exploding()
 LINEAR = schedules.linear()
 FLOW = schedules.rectified_flow()

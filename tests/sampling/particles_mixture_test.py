@@ -20,8 +20,6 @@ from ancestral.sampling import (
   twisted,
 )
 
-pytestmark = pytest.mark.usefixtures("compiles_quickly")
-
 FLOW = schedules.rectified_flow()
 PRIOR = toy.GaussianMixture(
   jnp.array([0.5, 0.3, 0.2]),

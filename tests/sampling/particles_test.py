@@ -14,8 +14,6 @@ import targets
 from ancestral.models import tilted, toy
 from ancestral.sampling import base, particles, resampling, soft_values
 
-pytestmark = pytest.mark.usefixtures("compiles_quickly")
-
 K, L, ALPHA = 3, 4, 0.6
 TRANSITION = np.array([[0.6, 0.3, 0.1], [0.3, 0.4, 0.3], [0.5, 0.2, 0.3]])
 LAW = toy.markov_law(TRANSITION, 0, L)

@@ -8,9 +8,6 @@ import pytest
 import targets
 from ancestral.sampling import decode
 
-pytestmark = pytest.mark.usefixtures("compiles_quickly")
-
-
 TARGETS = {
   "table": lambda: targets.table_target(vocab_size=23, order=2),
   "transformer": lambda: targets.tiny_target(num_layers=1),

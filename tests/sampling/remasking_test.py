@@ -11,8 +11,6 @@ import targets
 from ancestral.models import mask_schedules, toy
 from ancestral.sampling import base, logits, masked, remasking
 
-pytestmark = pytest.mark.usefixtures("compiles_quickly")
-
 V, L, DRAWS = 3, 3, 20_000
 JOINT = np.random.default_rng(0).dirichlet(np.full(V**L, 0.4)).reshape((V,) * L)
 PREDICT = toy.joint_predictor(jnp.asarray(JOINT, jnp.float32))
@@ -58,12 +56,13 @@ def test_the_share_of_masks_is_the_schedules(name):
 def test_marginals_are_the_training_ones_and_remasking_mends_the_joint():
   """Many small steps with remasking draw the law; few with a loop come closer than without it."""
   fine = np.linspace(1, 0, 129)
-  state, _ = run_remasking(remasking.cap(0.02), fine)
+  some = blank(8_000)
+  state, _ = run_remasking(remasking.cap(0.02), fine, some)
   targets.check_law(state.tokens, JOINT)
   distance = {}
   for within in (0, 60):
     times = remasking.loop_times(LINEAR, 2, within, 2, alpha=0.9)
-    state, _ = run_remasking(remasking.in_loop(remasking.cap(0.05)), times)
+    state, _ = run_remasking(remasking.in_loop(remasking.cap(0.05)), times, some)
     counts = np.zeros(JOINT.shape)
     np.add.at(counts, tuple(np.asarray(state.tokens).T), 1)
     distance[within] = targets.total_variation(counts, JOINT)

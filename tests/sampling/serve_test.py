@@ -22,8 +22,6 @@ from ancestral.sampling import (
   truncation,
 )
 
-pytestmark = pytest.mark.usefixtures("compiles_quickly")
-
 SETTINGS = {"temperature": 1.0, "top_k": 100}
 TARGETS = {
   "table": lambda: targets.table_target(vocab_size=23, order=2),

@@ -11,8 +11,6 @@ import targets
 from ancestral.models import mask_schedules, schedules, toy
 from ancestral.sampling import ancestral, base, masked, particles, soft_values, solvers
 
-pytestmark = pytest.mark.usefixtures("compiles_quickly")
-
 K, L, ALPHA = 3, 3, 0.7
 LAW = np.random.default_rng(0).dirichlet(np.ones(K**L)).reshape((K,) * L)
 PREDICT = toy.joint_predictor(jnp.asarray(LAW, jnp.float32))

@@ -12,8 +12,6 @@ import targets
 from ancestral.models import schedules, toy
 from ancestral.sampling import ancestral, base, forms, multistep, singlestep, solvers, tables
 
-pytestmark = pytest.mark.usefixtures("compiles_quickly")
-
 FLOW = schedules.rectified_flow()
 MIXTURE = toy.GaussianMixture(
   jnp.array([0.3, 0.7]), jnp.array([[1.0, 0.3], [-0.6, -0.4]]), jnp.array([0.05, 0.2])

@@ -20,8 +20,6 @@ from ancestral.sampling import (
   trees,
 )
 
-pytestmark = pytest.mark.usefixtures("compiles_quickly")
-
 NEW, STOP = 14, (7,)
 CONFIG = targets.tiny_config(positions="learned")
 HEAD = eagle.eagle(CONFIG)

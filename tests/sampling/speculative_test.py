@@ -22,8 +22,6 @@ from ancestral.sampling import (
   truncation,
 )
 
-pytestmark = pytest.mark.usefixtures("compiles_quickly")
-
 NUM, NEW, PROMPT = 30_000, 3, [2, 1]
 VERIFY = {"block": coupling.block, "chain": coupling.chain(coupling.maximal_one)}
 

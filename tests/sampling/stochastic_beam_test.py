@@ -13,8 +13,6 @@ import targets
 from ancestral.models import toy
 from ancestral.sampling import base, beam, decode, stochastic_beam, truncation
 
-pytestmark = pytest.mark.usefixtures("compiles_quickly")
-
 NUM = 60_000
 PROMPT = (1, 0)
 VOCABULARY, ROOM, STOP = 3, 3, 2

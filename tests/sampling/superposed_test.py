@@ -14,8 +14,6 @@ from ancestral.models import base as model_base
 from ancestral.sampling import base, decode, ngram, superposed
 from ancestral.sampling import logits as logits_lib
 
-pytestmark = pytest.mark.usefixtures("compiles_quickly")
-
 ROWS = [[3, 1, 4], [1], [5, 0, 2, 6, 5], [6, 2, 0, 2]]
 NEW = 6
 MAX = 5 + NEW

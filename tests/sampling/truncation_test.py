@@ -12,8 +12,6 @@ import targets
 from ancestral.sampling import logits as logits_lib
 from ancestral.sampling import truncation
 
-pytestmark = pytest.mark.usefixtures("compiles_quickly")
-
 INF = np.inf
 
 

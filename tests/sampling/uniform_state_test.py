@@ -10,8 +10,6 @@ from ancestral.evaluation import exact_laws
 from ancestral.models import mask_schedules, toy, toy_discrete
 from ancestral.sampling import base, jumps, noises, uniform_state
 
-pytestmark = pytest.mark.usefixtures("compiles_quickly")
-
 V, L = 3, 3
 SCHEDULE = mask_schedules.linear()
 LAW = np.random.default_rng(4).dirichlet(np.full(V**L, 0.4)).reshape((V,) * L)

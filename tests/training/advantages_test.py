@@ -9,8 +9,6 @@ import pytest
 
 from ancestral.training import advantages
 
-pytestmark = pytest.mark.usefixtures("compiles_quickly")
-
 RNG = np.random.default_rng(0)
 REWARDS = jnp.array([[1.0, 0.0, 0.0, 3.0], [0.5, 0.5, 0.5, 0.5]])
 

@@ -10,8 +10,6 @@ import pytest
 
 from ancestral.training import aggregation, policy, state, step
 
-pytestmark = pytest.mark.usefixtures("compiles_quickly")
-
 LOSS = jnp.array([[1.0, 2.0, 3.0, 4.0], [10.0, 20.0, 30.0, 40.0], [5.0, 6.0, 7.0, 8.0]])
 MASK = jnp.array([[1, 1, 0, 1], [0, 0, 0, 0], [0, 1, 0, 0]])
 PROMPT = jnp.array([7, 7, 7])

@@ -9,8 +9,6 @@ import pytest
 
 from ancestral.training import averaging, state
 
-pytestmark = pytest.mark.usefixtures("compiles_quickly")
-
 STDS = (0.05, 0.10)
 STEPS = 1024
 

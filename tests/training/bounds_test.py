@@ -11,8 +11,6 @@ from scipy import integrate, stats
 from ancestral.models import base, schedules
 from ancestral.training import bounds
 
-pytestmark = pytest.mark.usefixtures("compiles_quickly")
-
 SCHEDULES = {
   "linear": schedules.linear(),
   "cosine": schedules.cosine(),

@@ -9,8 +9,6 @@ import pytest
 from ancestral.models import bridges as models
 from ancestral.training import bridges, state, step
 
-pytestmark = pytest.mark.usefixtures("compiles_quickly")
-
 D = 2
 MEANS = np.array([[0.3, -0.8], [-0.5, 1.1]])
 COVARIANCES = np.array([[[1.0, 0.4], [0.4, 0.7]], [[0.5, -0.3], [-0.3, 1.4]]])

@@ -13,8 +13,6 @@ from ancestral.models import confidence as heads
 from ancestral.sampling import logits
 from ancestral.training import confidence, state, step
 
-pytestmark = pytest.mark.usefixtures("compiles_quickly")
-
 V = 5
 
 

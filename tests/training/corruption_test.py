@@ -14,8 +14,6 @@ from ancestral.tasks import base as tasks
 from ancestral.tasks import tokenizer as tokenizers
 from ancestral.training import corruption, data, likelihood
 
-pytestmark = pytest.mark.usefixtures("compiles_quickly")
-
 REAL = {
   "plain": arithmetic.addition(style=arithmetic.plain_format),
   "detailed": arithmetic.subtraction(style=arithmetic.detailed_format),

@@ -12,8 +12,6 @@ import targets
 from ancestral.models import toy
 from ancestral.training import coverage, likelihood
 
-pytestmark = pytest.mark.usefixtures("compiles_quickly")
-
 
 def exact(p: float, n: int) -> tuple[float, float]:
   """The loss and the factor of its gradient, from whole numbers."""

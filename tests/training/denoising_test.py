@@ -11,8 +11,6 @@ import pytest
 from ancestral.models import base, precondition, schedules
 from ancestral.training import denoising, state, step, weightings
 
-pytestmark = pytest.mark.usefixtures("compiles_quickly")
-
 MEAN, VARIANCE = np.array([1.5, -0.5]), 0.7  # of Gaussian data N(MEAN, VARIANCE I)
 NUM = 20_000
 SCHEDULES = {

@@ -11,8 +11,6 @@ import pytest
 from ancestral.models import schedules
 from ancestral.training import denoising, diffusion_learning, preference, weightings
 
-pytestmark = pytest.mark.usefixtures("compiles_quickly")
-
 SCHEDULE = schedules.variance_exploding(20.0)
 
 

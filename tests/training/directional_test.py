@@ -3,11 +3,8 @@
 import jax
 import jax.numpy as jnp
 import numpy as np
-import pytest
 
 from ancestral.training import directional
-
-pytestmark = pytest.mark.usefixtures("compiles_quickly")
 
 
 def test_directions_are_unit_vectors_of_uniform_angles():

@@ -8,8 +8,6 @@ import pytest
 from ancestral.models import base as models
 from ancestral.training import displacement
 
-pytestmark = pytest.mark.usefixtures("compiles_quickly")
-
 SIMILARITIES = {"sum": displacement.ches, "mean": displacement.mean_ches}
 
 

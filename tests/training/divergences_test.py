@@ -7,8 +7,6 @@ import pytest
 
 from ancestral.training import divergences
 
-pytestmark = pytest.mark.usefixtures("compiles_quickly")
-
 X = np.linspace(-4, 4, 17)
 
 

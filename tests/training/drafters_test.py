@@ -12,8 +12,6 @@ import targets
 from ancestral.models import base, eagle, early_exit, transformer
 from ancestral.training import drafters
 
-pytestmark = pytest.mark.usefixtures("compiles_quickly")
-
 SMALL = {"num_layers": 1, "vocab_size": 7, "width": 16}
 RNG = np.random.default_rng(0)
 BATCH = {

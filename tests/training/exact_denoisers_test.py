@@ -11,8 +11,6 @@ import pytest
 from ancestral.models import mlp, precondition, schedules, toy
 from ancestral.training import denoising, state, step, weightings
 
-pytestmark = pytest.mark.usefixtures("compiles_quickly")
-
 # Three blobs of different widths, of standard deviation about 1 a coordinate.
 DATA = toy.GaussianMixture(
   jnp.array([0.5, 0.3, 0.2]),

@@ -10,8 +10,6 @@ import pytest
 
 from ancestral.training import importance
 
-pytestmark = pytest.mark.usefixtures("compiles_quickly")
-
 LOG_RATIO = jnp.log(jnp.array([[0.25, 4.0, 2.0], [6.0, 0.5, 1.0], [8.0, 8.0, 8.0]]))
 MASK = jnp.array([[1, 1, 0], [1, 1, 1], [0, 0, 0]])
 WEIGHTS = [

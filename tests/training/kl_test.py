@@ -10,8 +10,6 @@ import pytest
 
 from ancestral.training import kl
 
-pytestmark = pytest.mark.usefixtures("compiles_quickly")
-
 LOG_PROB = jnp.log(jnp.array([0.5, 0.2]))
 REFERENCE = jnp.log(jnp.array([0.25, 0.6]))
 THROUGH = kl.straight_through(kl.k3, kl.k2)

@@ -28,8 +28,6 @@ from ancestral.training import (
 )
 from ancestral.training import state as state_lib
 
-pytestmark = pytest.mark.usefixtures("compiles_quickly")
-
 TOKENIZER = tokenizers.characters("01")  # pad, bos, eos, then 3 and 4
 MODEL = toy.markov(5)
 LAW = np.array([[0, 0, 0.3, 0.5, 0.2]] * 4 + [[0, 0, 0.3, 0.1, 0.6]])

@@ -13,8 +13,6 @@ import targets
 from ancestral.models import transformer
 from ancestral.training import likelihood, lora, optimizer, state, step
 
-pytestmark = pytest.mark.usefixtures("compiles_quickly")
-
 PATTERNS = ("attention/(query|value)/kernel", "mlp/down")
 SCALE = 0.5
 STACKED, APART = (targets.tiny_target(scan_layers=scan) for scan in (True, False))

@@ -20,8 +20,6 @@ from ancestral.training import (
   unpaired,
 )
 
-pytestmark = pytest.mark.usefixtures("compiles_quickly")
-
 VOCAB, B, L = 5, 4, 6
 MODEL = toy.markov(VOCAB)
 RNG = np.random.default_rng(0)

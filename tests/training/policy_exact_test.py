@@ -10,8 +10,6 @@ import pytest
 
 from ancestral.training import advantages, aggregation, importance, kl, policy
 
-pytestmark = pytest.mark.usefixtures("compiles_quickly")
-
 V, T = 3, 3
 SEQUENCES = np.array(list(itertools.product(range(V), repeat=T)))  # [27, 3]
 PREFIX = np.stack([np.zeros(27, int), 1 + SEQUENCES[:, 0], 4 + SEQUENCES[:, :2] @ [3, 1]], axis=1)

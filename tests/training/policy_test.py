@@ -11,8 +11,6 @@ import pytest
 
 from ancestral.training import policy
 
-pytestmark = pytest.mark.usefixtures("compiles_quickly")
-
 RNG = np.random.default_rng(0)
 PLAIN_OREAL = functools.partial(policy.oreal, positive=1.0, negative=1.0)
 TOKENWISE = [

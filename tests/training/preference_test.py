@@ -10,8 +10,6 @@ import pytest
 
 from ancestral.training import divergences, preference, reference_free, stepwise, unpaired
 
-pytestmark = pytest.mark.usefixtures("compiles_quickly")
-
 partial = functools.partial
 PAIRS = {
   "dpo": preference.dpo,

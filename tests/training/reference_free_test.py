@@ -10,8 +10,6 @@ import pytest
 
 from ancestral.training import preference, reference_free
 
-pytestmark = pytest.mark.usefixtures("compiles_quickly")
-
 LOW, HIGH = jnp.array([math.log(1 / 4)], jnp.float32), jnp.array([math.log(1 / 2)], jnp.float32)
 
 

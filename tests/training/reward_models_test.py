@@ -16,8 +16,6 @@ from ancestral.tasks import base as tasks
 from ancestral.tasks import tokenizer as tokenizers
 from ancestral.training import data, reward_models, state, step
 
-pytestmark = pytest.mark.usefixtures("compiles_quickly")
-
 EXTREME = jnp.array([-1e3, -30.0, 0.0, 30.0, 1e3])
 
 

@@ -13,8 +13,6 @@ from ancestral.tasks import base as tasks
 from ancestral.tasks import tokenizer as tokenizers
 from ancestral.training import rollouts
 
-pytestmark = pytest.mark.usefixtures("compiles_quickly")
-
 TOKENIZER = tokenizers.characters("01")  # pad, bos, eos, then 3 and 4
 TRANSITION = np.array([[0, 0, 0.3, 0.5, 0.2]] * 4 + [[0, 0, 0.3, 0.1, 0.6]])
 NEW, GROUP = 4, 3

@@ -11,8 +11,6 @@ from ancestral.models import mask_schedules, toy, toy_discrete
 from ancestral.sampling import jumps, noises
 from ancestral.training import sampler_distillation as distillation
 
-pytestmark = pytest.mark.usefixtures("compiles_quickly")
-
 V, L = 3, 3
 SCHEDULE = mask_schedules.linear()
 TRANSITION = np.random.default_rng(0).dirichlet(np.ones(V), size=V)

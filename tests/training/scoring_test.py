@@ -10,8 +10,6 @@ from ancestral.models import toy
 from ancestral.sampling import truncation
 from ancestral.training import rollouts, scoring
 
-pytestmark = pytest.mark.usefixtures("compiles_quickly")
-
 PROMPTS = [[1, 2], [3], [2, 2, 1]]
 NEW = 6
 FILTERS = {

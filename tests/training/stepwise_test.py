@@ -9,8 +9,6 @@ import pytest
 
 from ancestral.training import preference, stepwise
 
-pytestmark = pytest.mark.usefixtures("compiles_quickly")
-
 
 def test_weighted_ratio_is_a_loop_over_tokens_in_value_and_gradient():
   rng = np.random.default_rng(0)

@@ -10,8 +10,6 @@ import pytest
 
 from ancestral.training import preference, unpaired
 
-pytestmark = pytest.mark.usefixtures("compiles_quickly")
-
 GOOD = jnp.array([True, False])
 
 

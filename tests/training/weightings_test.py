@@ -9,8 +9,6 @@ from scipy import stats
 from ancestral.models import precondition, schedules
 from ancestral.training import weightings
 
-pytestmark = pytest.mark.usefixtures("compiles_quickly")
-
 SCHEDULES = {
   "linear": schedules.linear(),
   "variance exploding": schedules.variance_exploding(),
