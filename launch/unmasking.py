@@ -129,7 +129,7 @@ def _read_by(c: fields.Config) -> tuple[str, ...]:
 
 def _why(c: fields.Config, name: str) -> str:
   """What `name` means nothing to, or beside, and what would be right."""
-  if name in SAMPLERS[c.sampler]:
+  if name in SAMPLERS.get(c.sampler, ()):
     other = "entropy_bound" if c.threshold is None else "threshold"
     return f"beside {other}: leave one of them out"
   readers = " or ".join(sampler for sampler, reads in SAMPLERS.items() if name in reads)
