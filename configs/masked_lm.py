@@ -27,6 +27,7 @@ from ml_collections import config_dict
 from ancestral.configs import text
 from ancestral.launch import fields, unmasking
 
+_TEXT = {"num_steps": 1000, "batch_size": 32, "width": 128, "num_layers": 4}
 _SUDOKU = {"name": "sudoku", "test_percent": 10}
 
 
@@ -42,11 +43,8 @@ def _task(row_length: int, **task: Any) -> dict[str, Any]:
 
 
 VARIANTS = {
-  "text": {"num_steps": 1000, "batch_size": 32, "width": 128, "num_layers": 4},
-  "blocks": {
-    **{"num_steps": 1000, "batch_size": 32, "width": 128, "num_layers": 4},
-    "block_length": 16,
-  },
+  "text": _TEXT,
+  "blocks": {**_TEXT, "block_length": 16},
   "arithmetic": {
     **_task(
       14,  # beginning, 999+999=8991, end

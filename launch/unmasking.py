@@ -156,9 +156,9 @@ def check(c: fields.Config, config: fields.Config) -> None:
     )
     unguided = f"loss.block_length is {trained}: {where}.guidance is not for models of blocks"
     fields.require(c.guidance == 1, unguided)
-  for name in DEFAULTS:
-    unread = name not in _read_by(c) and c[name] != DEFAULTS[name]
-    fields.require(not unread, f"{where}.{name} means nothing {_why(c, name) if unread else ''}")
+  for name, default in DEFAULTS.items():
+    if name not in _read_by(c) and c[name] != default:
+      raise ValueError(f"config.{where}.{name} means nothing {_why(c, name)}.")
   knows = "task" not in config or config.loss.unconditional > 0
   fields.require(
     knows or c.guidance == 1,

@@ -21,7 +21,7 @@ import jax.numpy as jnp
 
 from ..models import mask_schedules
 from . import logits as logits_lib
-from .masked import Rule, View
+from .masked import Rule, View, interval
 
 # (key, view) -> [L], the higher the sooner
 Score = Callable[[jax.Array, View], jax.Array]
@@ -89,9 +89,8 @@ def expected_number(
   times = jnp.asarray(times, jnp.float32)
 
   def number(view):
-    last = times.shape[0] - 2
-    t, s = times[jnp.minimum(view.step, last)], times[jnp.minimum(view.step, last) + 1]
-    prob = jnp.where(view.step > last, 1, mask_schedules.unmask_prob(schedule, t, s))
+    unfinished, t, s = interval(times, view.step)
+    prob = jnp.where(unfinished, mask_schedules.unmask_prob(schedule, t, s), 1)
     # In float32, a third of 6,000 may come to a little more than 2,000.
     return jnp.ceil(prob * jnp.sum(view.masked) - 1e-2).astype(jnp.int32)
 

@@ -8,14 +8,7 @@ import numpy as np
 import pytest
 
 from ancestral.configs import masked_lm
-from ancestral.launch import (
-  experiment,
-  fields,
-  masked,
-  sample,
-  unmasking,
-  workdirs,
-)
+from ancestral.launch import experiment, fields, masked, sample, unmasking, workdirs
 from ancestral.launch import fillings as fillings_launch
 from ancestral.sampling import base, logits
 from ancestral.tasks import tokenizer

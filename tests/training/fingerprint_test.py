@@ -59,3 +59,12 @@ def test_zeros_tell_their_number_and_nan_its_bits():
   assert int(fingerprint.checksum(jnp.zeros(3))) != int(fingerprint.checksum(-jnp.zeros(3)))
   nan = lambda bits: jax.lax.bitcast_convert_type(jnp.uint32(bits), jnp.float32)
   assert int(fingerprint.checksum(nan(0x7FC00000))) != int(fingerprint.checksum(nan(0x7FC00001)))
+
+
+def test_a_digest_knows_every_array_and_its_place():
+  tree = {"a": jnp.arange(6.0).reshape(2, 3), "b": jnp.ones(4, jnp.int32)}
+  digest = int(fingerprint.digest(tree))
+  assert digest == int(fingerprint.digest(jax.tree.map(jnp.copy, tree)))
+  changed = {**tree, "a": tree["a"].at[1, 2].add(1e-6)}
+  exchanged = {"a": tree["b"], "b": tree["a"]}
+  assert len({digest, *(int(fingerprint.digest(other)) for other in (changed, exchanged))}) == 3
