@@ -106,21 +106,15 @@ def speculative(
   widths, depth = _checked_widths(widths, parents), int(trees.depths(parents).max())
   verify = drafter.verify if verify is None else verify
   stop = jnp.array(stop, jnp.int32)
-  slots = (max_length if capacity is None else capacity) + trees.spare(parents)
+  capacity, spare = max_length if capacity is None else capacity, trees.spare(parents)
+  slots = capacity + spare
 
   def room(state_length, prompt_length):
     return jnp.minimum(max_length - state_length, prompt_length + max_new_tokens - state_length)
 
   def init(keys, prompts):
     del keys
-    cache = decode.prefill(
-      model,
-      params,
-      prompts,
-      slots - trees.spare(parents),
-      chunk=prefill_chunk,
-      spare=trees.spare(parents),
-    )
+    cache = decode.prefill(model, params, prompts, capacity, chunk=prefill_chunk, spare=spare)
     return SpeculativeState(
       step=jnp.zeros_like(prompts.length),
       tokens=decode.buffer(prompts, slots),
